@@ -1,0 +1,178 @@
+"""What a run folder holds, and how it is written and read. All stages share this file.
+
+    runs/NAME/
+        model.safetensors     EMA weights of the student, all that sampling needs beside config.json
+        config.json           the UNet's shape, the encoders' folder, how it was trained and how it likes to be sampled
+        train_state/          weights, EMA and optimizer at the last saved step; `--resume` goes on from there
+        log.csv  loss.png     what was measured on the way
+        samples/              the same prompts and noise, drawn again and again
+
+Weights are safetensors, the rest is JSON: nothing here can run code when it is loaded. Every file is written beside its
+place and renamed, so a kill or a full disk leaves the last good one.
+"""
+
+import csv
+import errno
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from model import UNet, UNetConfig
+
+
+def save_atomically(save, path):
+    """Call `save(temporary_path)`, then rename to `path`. A full disk ends in one sentence, with the old file intact."""
+    path = Path(path)
+    beside = path.with_name(f".{os.getpid()}.{path.name}")  # keeps the ending: savers choose the format by it
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(beside)
+        os.replace(beside, path)
+    except Exception as error:
+        # safetensors reports a full disk as an error of its own, with the system's words in it
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error):
+            raise SystemExit(f"the disk is full: could not write {path}. What was saved before is intact.") from error
+        if isinstance(error, PermissionError):
+            raise SystemExit(f"not allowed to write {path}; choose another folder with --out.") from error
+        raise
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save_json(value, path):
+    save_atomically(lambda p: p.write_text(json.dumps(value, indent=2) + "\n"), path)
+
+
+def pick_device(name=None):
+    """cuda, else mps, else cpu; or the one that is named. Raises SystemExit when that one is not there."""
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name or found)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise SystemExit(f"no device {name!r} here; leave --device out to use {found}.") from error
+    if device.type == "cpu":
+        torch.set_flush_denormal(True)  # denormal numbers are a hundred times slower
+    return device
+
+
+def describe_machine(device):
+    """What a reader needs to compare numbers: device, cores, versions, git commit."""
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                             cwd=Path(__file__).parent, timeout=10).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        git = ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    return {"device": name, "python": platform.python_version(), "torch": torch.__version__, "commit": git or "unknown"}
+
+
+def save_student(folder, model, config, half=False):
+    """Write model.safetensors and config.json. `config` is a dict; the UNet's shape is added under "unet"."""
+    weights = {name: w.detach().cpu().contiguous() for name, w in model.state_dict().items()}
+    if half:
+        weights = {name: w.half() for name, w in weights.items()}
+    save_atomically(lambda p: safetensors.torch.save_file(weights, p), Path(folder) / "model.safetensors")
+    save_json({**config, "unet": asdict(model.cfg)}, Path(folder) / "config.json")
+
+
+def load_student(folder, device="cpu"):
+    """A student folder -> (UNet in eval mode, float32; its config). Raises SystemExit with one sentence if it cannot."""
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise SystemExit(f"{folder} is not a student: it has no {name}. Train one with train_fm.py, or use assets/zoo/fm.")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        model = UNet(UNetConfig(**config["unet"]))
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise SystemExit(f"{folder} cannot be read as a student ({error}); copy or train it again.") from error
+    load_weights(model, weights, folder)
+    return model.to(device).eval(), config
+
+
+def load_weights(model, weights, source):
+    """model.load_state_dict that says what is wrong in one sentence: another size, another ladder step, a strange file."""
+    own = model.state_dict()
+    missing, extra = own.keys() - weights.keys(), weights.keys() - own.keys()
+    shapes = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
+    if missing or extra or shapes:
+        what = (
+            f"{sorted(shapes)[0]} is {tuple(weights[sorted(shapes)[0]].shape)}, not {tuple(own[sorted(shapes)[0]].shape)}"
+            if shapes
+            else f"{len(missing)} weights are missing and {len(extra)} unknown"
+        )
+        raise SystemExit(f"{source} holds a model of another size: {what}. Give the --size it was trained with.")
+    model.load_state_dict({name: w.to(own[name].dtype) for name, w in weights.items()})
+
+
+def save_state(folder, step, settings, optimizer, **models):
+    """Everything that training needs to go on as if it had never stopped, in one file: train_state/state.safetensors."""
+    tensors = {f"{key}.{n}": w.detach().contiguous() for key, m in models.items() for n, w in m.state_dict().items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors.update({f"optimizer.{index}.{name}": value for name, value in values.items()})
+    metadata = {"step": str(step), "settings": json.dumps(settings)}
+    path = Path(folder) / "train_state" / "state.safetensors"
+    save_atomically(lambda p: safetensors.torch.save_file(tensors, p, metadata), path)
+
+
+def load_state(folder, settings, optimizer, **models):
+    """The inverse of save_state: returns the step to go on with, 0 if the folder holds no run yet.
+
+    Raises SystemExit when the run was made with other settings (another size, batch, seed, ...), since going on would
+    not be the same run.
+    """
+    path = Path(folder) / "train_state" / "state.safetensors"
+    if not path.is_file():
+        return 0
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise SystemExit(f"{path} is damaged ({error}); start again without --resume.") from error
+    old = json.loads(metadata["settings"])
+    changed = [f"--{k} was {old.get(k)}, is {v}" for k, v in settings.items() if old.get(k) != v]
+    if changed:
+        raise SystemExit(f"cannot resume {folder} with other settings: {'; '.join(changed)}. Use the same, or another --out.")
+    for key, model in models.items():
+        load_weights(model, {n.removeprefix(f"{key}."): w for n, w in tensors.items() if n.startswith(f"{key}.")}, path)
+    state = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, field = name.split(".")
+            state.setdefault(int(index), {})[field] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(metadata["step"])
+
+
+class Log:
+    """log.csv: one row per call. On resume, rows after the saved step are dropped, so that no step appears twice."""
+
+    def __init__(self, path, resume_step=0):
+        self.path, self.rows = Path(path), []
+        if resume_step and self.path.is_file():
+            with open(self.path, newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= resume_step]
+
+    def add(self, **row):
+        self.rows.append({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+
+        def write(path):
+            with open(path, "w", newline="") as file:
+                writer = csv.DictWriter(file, self.rows[-1].keys())
+                writer.writeheader()
+                writer.writerows(self.rows)
+
+        save_atomically(write, self.path)
+
+    def column(self, name):
+        return [float(row[name]) for row in self.rows]
