@@ -1,0 +1,116 @@
+"""The frozen encoders of a Stable Diffusion 3 folder: pictures <-> latents, captions -> text states.
+
+SnapGen keeps SD3's autoencoder ("the same encoder from SD3 AE", Sec. 3.2) and conditions the UNet on the token states of
+frozen text encoders. Both come from one folder in diffusers' layout, so `assets/toy-sd3` (the class scale, committed here)
+and a download of stable-diffusion-3.5-large are read by the same lines:
+
+    vae/  text_encoder/  text_encoder_2/  tokenizer/  tokenizer_2/     (and transformer/, scheduler/: the teacher)
+"""
+
+import hashlib
+import warnings
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
+class FrozenEncoders:
+    """Autoencoder and CLIP text encoders of an SD3 folder, in eval mode and without gradients.
+
+    Args:
+        folder: an SD3 folder in diffusers' layout.
+        device: where to run.
+        dtype: precision of the networks; latents and states come back in float32.
+
+    Raises:
+        SystemExit: with one sentence, when the folder or one of its parts is missing or cannot be read.
+    """
+
+    def __init__(self, folder="assets/toy-sd3", device="cpu", dtype=torch.float32):
+        folder = Path(folder)
+        missing = [part for part in PARTS if not (folder / part).is_dir()]
+        if missing:
+            raise SystemExit(
+                f"{folder} is not a Stable Diffusion 3 folder: it lacks {', '.join(missing)}. "
+                "Give --teacher assets/toy-sd3 or a folder of stable-diffusion-3.5-large in diffusers' layout."
+            )
+        try:
+            self.vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype)
+            self.tokenizers = [CLIPTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2")]
+            self.text_encoders = [
+                CLIPTextModelWithProjection.from_pretrained(folder / name, dtype=dtype)
+                for name in ("text_encoder", "text_encoder_2")
+            ]
+        except (OSError, ValueError, RuntimeError) as error:
+            raise SystemExit(f"cannot read the encoders in {folder}: {error}") from error
+        for network in (self.vae, *self.text_encoders):
+            network.requires_grad_(False).eval().to(device)
+        self.folder, self.device, self.dtype = folder, torch.device(device), dtype
+        self.shift, self.scale = self.vae.config.shift_factor, self.vae.config.scaling_factor
+        self.latent_channels = self.vae.config.latent_channels
+        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # f = 8: pixels per latent cell and side
+        self.max_tokens = self.tokenizers[0].model_max_length
+        self.text_dim = sum(encoder.config.hidden_size for encoder in self.text_encoders)
+
+    def fingerprint(self, *parts):
+        """A hash of names, sizes and first megabytes of these parts' files: another encoder, another cache."""
+        digest = hashlib.sha256()
+        for path in sorted(p for part in parts for p in (self.folder / part).rglob("*") if p.is_file()):
+            with open(path, "rb") as file:
+                digest.update(f"{path.relative_to(self.folder)} {path.stat().st_size}".encode() + file.read(1 << 20))
+        return digest.hexdigest()[:16]
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures):
+        """(B, 3, H, W) in [-1, 1] -> model latents (B, 16, H/8, W/8) = (z - shift) * scale, z the posterior's mean."""
+        z = self.vae.encode(pictures.to(self.device, self.dtype)).latent_dist.mode()
+        return (z.float() - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode_latents(self, latents):
+        """Model latents (B, 16, h, w) -> pictures (B, 3, 8h, 8w) in [-1, 1]."""
+        z = latents.to(self.device).float() / self.scale + self.shift
+        return self.vae.decode(z.to(self.dtype)).sample.float().clamp(-1, 1)
+
+    @torch.no_grad()
+    def encode_text(self, captions):
+        """Captions -> what SD3 feeds its transformer.
+
+        Returns:
+            states: (B, T, D) penultimate hidden states of both CLIPs, channels concatenated (SD3.5: T = 77, D = 2048).
+            mask: (B, T) bool, True up to and including the end-of-text token; the rest is padding.
+            pooled: (B, P) both projected end-of-text states, concatenated.
+
+        Over-long captions are cut to T tokens with a warning.
+        """
+        states, pooled, mask = [], [], None
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            tokens = tokenizer(
+                list(captions), padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
+            )
+            if mask is None:
+                mask = tokens.attention_mask.bool()
+                for caption in [c for c, full in zip(captions, mask.all(1), strict=True) if full]:
+                    if len(tokenizer(caption).input_ids) > self.max_tokens:
+                        warnings.warn(f"caption cut to {self.max_tokens} tokens: {caption!r}", stacklevel=2)
+            out = encoder(tokens.input_ids.to(self.device), output_hidden_states=True)
+            states.append(out.hidden_states[-2].float())
+            pooled.append(out.text_embeds.float())
+        return torch.cat(states, dim=-1), mask.to(self.device), torch.cat(pooled, dim=-1)
+
+    def student_text(self, captions, width):
+        """(states (B, T, width), mask (B, T)) as the student takes them: see pad_text."""
+        states, mask, _ = self.encode_text(captions)
+        return pad_text(states, width), mask
+
+
+def pad_text(states, width):
+    """(B, T, D) -> (B, T, width) with zeros behind: one UNet then takes encoders of several widths.
+
+    SD3.5's two CLIPs give D = 2048; the text-to-image preset takes 2304, the width of Gemma-2-2b [A].
+    """
+    return torch.nn.functional.pad(states, (0, width - states.shape[-1]))
