@@ -1,0 +1,467 @@
+"""The efficient UNet of SnapGen (Sec. 3.1, Fig. 2), and the seven changes that lead to it from a small SDXL.
+
+One class builds all of it: `UNetConfig` has a switch for each panel of Fig. 2, `ladder("a")` ... `ladder("f")` set them.
+
+    python model.py            # the ladder and Table 1: parameters and MACs beside the paper's figures
+    python model.py --json     # the same as one JSON object
+
+    x_t (B, 16, H, W) ----> conv_in                                                         conv_out ---> v (B, 16, H, W)
+                              |                                                                 ^
+    stage 1, H x W          2 layers ---------------------- skips ----------------------> 3 layers      text, no attention
+                              v downsample                                                      | upsample    among pixels
+    stage 2, H/2 x W/2      2 layers ---------------------- skips ----------------------> 3 layers      text, no attention
+                              v                                                                 |             among pixels
+    stage 3, H/4 x W/4      2 layers ---------------------- skips ----------------------> 3 layers      text and self-
+                              '------------> ResBlock, Transformer, ResBlock -------------------'             attention
+
+"FLOPs" in the paper are multiply-accumulates: it lists DiT-XL/2 with 119 G, which is that model's MAC count. We say MACs.
+What the paper does not tell (time embedding, depth of the middle, text widths) is our assumption, marked [A].
+"""
+
+import argparse
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Everything that decides the shape of the UNet. The defaults are the paper's final model on ImageNet."""
+
+    channels: tuple = (256, 512, 896)  # per stage: a thinner SDXL, which has (320, 640, 1280)
+    depth: tuple = (1, 2, 4)  # transformer blocks per layer of each stage: a shorter SDXL, which has (0, 2, 10)
+    mid_depth: int = 3  # [A] 4 on the ladder; 3 meets Table 1
+    layers: int = 2  # per down stage; an up stage has one more
+    head_dim: int = 64
+    groups: int = 32  # of every GroupNorm
+    text_dim: int = 768  # width of the text states
+    time_dim: int = 896  # [A] 1024 on the ladder; 896 meets Table 1
+    latent_channels: int = 16
+    # The panels of Fig. 2, each a switch:
+    self_attention: tuple = (False, False, True)  # (b) per stage: only the lowest resolution lets pixels look around
+    separable: bool = True  # (c) depthwise 3x3 + pointwise 1x1 for every 3x3 convolution
+    expansion: int = 2  # (c) ResBlocks widen to this multiple of their input channels (1: to their output channels)
+    ffn_ratio: int = 3  # (d) hidden width of the feed-forward layers, before the gate doubles it; 4 in SDXL
+    multi_query: bool = True  # (d) one key/value head for all query heads, in self- and cross-attention
+    text_in_first_stage: bool = True  # (e) stage 1: transformer blocks with text instead of ResBlocks
+    qk_norm: bool = True  # (f) RMSNorm on queries and keys
+    rope: bool = True  # (f) rotary position embedding over rows and columns, in self-attention
+
+    def __post_init__(self):
+        for name in ("channels", "depth", "self_attention"):  # JSON brings lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        wrong = [c for c in self.channels if c % self.head_dim or c % self.groups]
+        if wrong:
+            raise ValueError(
+                f"channels {wrong} must be multiples of head_dim={self.head_dim} and of groups={self.groups}"
+            )
+
+
+# What each step changes against the one before. The paper treats c1 and c2, and d1 and d2, under one letter.
+LADDER = {
+    "a": dict(depth=(0, 2, 4), mid_depth=4, time_dim=1024, self_attention=(False, True, True), separable=False,
+              expansion=1, ffn_ratio=4, multi_query=False, text_in_first_stage=False, qk_norm=False, rope=False),
+    "b": dict(self_attention=(False, False, True)),
+    "c1": dict(separable=True),
+    "c2": dict(expansion=2),
+    "d1": dict(ffn_ratio=3),
+    "d2": dict(multi_query=True),
+    "e": dict(text_in_first_stage=True, depth=(1, 2, 4)),
+    "f": dict(qk_norm=True, rope=True),
+}  # fmt: skip
+
+PRESETS = {
+    "tiny": UNetConfig(channels=(64, 128, 192), depth=(1, 1, 2), mid_depth=1, head_dim=32, text_dim=160, time_dim=256),
+    "imagenet": UNetConfig(),
+    "t2i": UNetConfig(text_dim=2304),
+}
+
+
+def ladder(step, base=None):
+    """The config of ladder step a, b, c1, c2, d1, d2, e or f, as switches on `base` (default: the paper's widths).
+
+    With another base, such as PRESETS["tiny"], only the switches are set: its widths, depths and sizes stay.
+    """
+    if step not in LADDER:
+        raise ValueError(f"no ladder step {step!r}; it has {', '.join(LADDER)}")
+    config = base or UNetConfig()
+    for name, change in LADDER.items():
+        if base is not None:
+            sizes = ("depth", "mid_depth", "time_dim")
+            change = {k: v for k, v in change.items() if k not in sizes}
+            if name == "a":
+                change["depth"] = (0, *base.depth[1:])
+            if name == "e":
+                change["depth"] = base.depth
+        config = replace(config, **change)
+        if name == step:
+            return config
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Convolutions
+
+
+class SeparableConv(nn.Sequential):
+    """Fig. 2 (c): a 3x3 convolution in each channel, then a 1x1 convolution across channels."""
+
+    def __init__(self, c_in, c_out, stride=1):
+        super().__init__(
+            nn.Conv2d(c_in, c_in, 3, stride, padding=1, groups=c_in, bias=False),  # depthwise
+            nn.Conv2d(c_in, c_out, 1),  # pointwise
+        )
+
+
+def conv3x3(cfg, c_in, c_out, stride=1):
+    return SeparableConv(c_in, c_out, stride) if cfg.separable else nn.Conv2d(c_in, c_out, 3, stride, padding=1)
+
+
+class ResBlock(nn.Module):
+    """(B, c_in, H, W) -> (B, c_out, H, W). With separable convs and expansion 2 it is close to MobileNetV4's UIB."""
+
+    def __init__(self, cfg, c_in, c_out):
+        super().__init__()
+        # "the number of channels after the first PW layer is increased [...] and reduced back" (Sec. 3.1). Twice the
+        # *input* channels is what meets the paper's parameters; twice the output channels does not.
+        hidden = c_in * cfg.expansion if cfg.expansion > 1 else c_out
+        self.norm1 = nn.GroupNorm(cfg.groups, c_in)
+        self.conv1 = conv3x3(cfg, c_in, hidden)
+        self.time_proj = nn.Linear(cfg.time_dim, hidden)
+        self.norm2 = nn.GroupNorm(cfg.groups, hidden)
+        self.conv2 = conv3x3(cfg, hidden, c_out)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, time):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_proj(F.silu(time))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.shortcut(x) + h
+
+
+class Upsample(nn.Module):
+    """(B, C, H, W) -> (B, C, 2H, 2W)"""
+
+    def __init__(self, cfg, channels):
+        super().__init__()
+        self.conv = conv3x3(cfg, channels, channels)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis. By hand: Core ML turns F.rms_norm of zeros into NaN."""
+
+    def __init__(self, dim, eps=1e-6):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+def rope_table(height, width, head_dim, device=None, theta=1e4):
+    """Cosines and sines (height * width, head_dim / 2) of 2-D RoPE, for any grid.
+
+    A head's channels come in pairs; the first half of the pairs turns with the row, the second half with the column [A].
+    """
+    frequencies = theta ** -(torch.arange(0, head_dim // 2, 2, device=device) / (head_dim // 2))  # (head_dim / 4,)
+    rows = torch.arange(height, device=device)[:, None, None] * frequencies  # (H, 1, head_dim / 4)
+    columns = torch.arange(width, device=device)[None, :, None] * frequencies  # (1, W, head_dim / 4)
+    angles = torch.cat([rows.expand(-1, width, -1), columns.expand(height, -1, -1)], dim=-1)
+    return angles.flatten(0, 1).cos(), angles.flatten(0, 1).sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair of channels of x (B, heads, HW, head_dim) by its position's angle. Real numbers only."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head or (Fig. 2 (d)) multi-query attention of x (B, S, C) on itself or on text states (B, T, text_dim)."""
+
+    def __init__(self, cfg, channels, context_dim=None):
+        super().__init__()
+        self.heads, self.head_dim = channels // cfg.head_dim, cfg.head_dim
+        kv_dim = cfg.head_dim if cfg.multi_query else channels
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim or channels, kv_dim, bias=False)
+        self.to_v = nn.Linear(context_dim or channels, kv_dim, bias=False)
+        self.to_out = nn.Linear(channels, channels)
+        self.norm_q = RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity()
+
+    def split(self, x):  # (B, S, heads * d) -> (B, heads, S, d)
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(self, x, context=None, mask=None, rope=None):
+        context = x if context is None else context
+        q = self.norm_q(self.split(self.to_q(x)))  # (B, heads, S, d)
+        k = self.norm_k(self.split(self.to_k(context)))  # (B, heads or 1, T, d)
+        v = self.split(self.to_v(context))
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        k, v = (h.expand(-1, self.heads, -1, -1) for h in (k, v))  # one key/value head serves all query heads
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, S, d)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """GEGLU: the hidden width is `ffn_ratio` times the channels, computed twice, one half gating the other."""
+
+    def __init__(self, cfg, channels):
+        super().__init__()
+        self.proj_in = nn.Linear(channels, 2 * cfg.ffn_ratio * channels)
+        self.proj_out = nn.Linear(cfg.ffn_ratio * channels, channels)
+
+    def forward(self, x):
+        value, gate = self.proj_in(x).chunk(2, dim=-1)
+        return self.proj_out(value * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """[self-attention,] cross-attention to the text, feed-forward, each with a LayerNorm before and a sum after."""
+
+    def __init__(self, cfg, channels, self_attention):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels) if self_attention else None
+        self.attn1 = Attention(cfg, channels) if self_attention else None
+        self.norm2, self.attn2 = nn.LayerNorm(channels), Attention(cfg, channels, cfg.text_dim)
+        self.norm3, self.ff = nn.LayerNorm(channels), FeedForward(cfg, channels)
+
+    def forward(self, x, text, mask, rope):
+        if self.attn1 is not None:
+            x = x + self.attn1(self.norm1(x), rope=rope)
+        x = x + self.attn2(self.norm2(x), text, mask)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2D(nn.Module):
+    """Transformer blocks on a picture-shaped tensor: (B, C, H, W) -> (B, HW, C) -> blocks -> (B, C, H, W)."""
+
+    def __init__(self, cfg, channels, depth, self_attention, projections=True):
+        super().__init__()
+        self.cfg = cfg
+        self.norm = nn.GroupNorm(cfg.groups, channels, eps=1e-6) if projections else None
+        self.proj_in = nn.Linear(channels, channels) if projections else None
+        self.blocks = nn.ModuleList(TransformerBlock(cfg, channels, self_attention) for _ in range(depth))
+        self.proj_out = nn.Linear(channels, channels) if projections else None
+
+    def forward(self, x, text, mask):
+        height, width = x.shape[2:]
+        rope = None
+        if self.cfg.rope and self.blocks[0].attn1 is not None:
+            rope = [table.to(x.dtype) for table in rope_table(height, width, self.cfg.head_dim, x.device)]
+        h = x if self.norm is None else self.norm(x)
+        h = h.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, HW, C)
+        h = h if self.proj_in is None else self.proj_in(h)
+        for block in self.blocks:
+            h = block(h, text, mask, rope)
+        h = h if self.proj_out is None else self.proj_out(h)
+        h = h.transpose(1, 2).unflatten(2, (height, width))  # (B, HW, C) -> (B, C, H, W)
+        return h if self.norm is None else x + h
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The UNet
+
+
+class Layer(nn.Module):
+    """A ResBlock [and a Transformer2D]; in stage 1 from step e on, transformer blocks alone (Fig. 2 (e))."""
+
+    def __init__(self, cfg, stage, c_in, c_out):
+        super().__init__()
+        self.resblock = self.merge = self.transformer = None
+        depth, attend = cfg.depth[stage], cfg.self_attention[stage]
+        if stage == 0 and cfg.text_in_first_stage:
+            if c_in != c_out:
+                self.merge = nn.Conv2d(c_in, c_out, 1)  # a skip was concatenated
+            self.transformer = Transformer2D(cfg, c_out, depth, attend, projections=False)
+        else:
+            self.resblock = ResBlock(cfg, c_in, c_out)
+            if depth:
+                self.transformer = Transformer2D(cfg, c_out, depth, attend)
+
+    def forward(self, x, time, text, mask):
+        if self.merge is not None:
+            x = self.merge(x)
+        if self.resblock is not None:
+            x = self.resblock(x, time)
+        if self.transformer is not None:
+            x = self.transformer(x, text, mask)
+        return x
+
+
+class Stage(nn.Module):
+    def __init__(self, layers, resample=None):
+        super().__init__()
+        self.layers, self.resample = nn.ModuleList(layers), resample
+
+
+def timestep_embedding(t, dim):
+    """t (B,) in [0, 1] -> (B, dim): cosines and sines of 1000 t, always in float32 (half precision is wrong by 0.3)."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(1e4) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+    angles = 1000.0 * t.float()[:, None] * frequencies[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class UNet(nn.Module):
+    """The denoiser v_theta(x_t, t, c) of flow matching.
+
+    forward(x_t, t, text, mask=None):
+        x_t: (B, 16, H, W) noisy latents, H and W multiples of 4.
+        t: (B,) in [0, 1], 0 = data, 1 = noise.
+        text: (B, T, text_dim) states of the caption's tokens.
+        mask: (B, T) bool, True for real tokens; padding is not attended to.
+        Returns the velocity (B, 16, H, W). Raises ValueError on other sizes.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        channels, last = cfg.channels, len(cfg.channels) - 1
+        self.conv_in = conv3x3(cfg, cfg.latent_channels, channels[0])
+        self.time_mlp = nn.Sequential(
+            nn.Linear(channels[0], cfg.time_dim), nn.SiLU(), nn.Linear(cfg.time_dim, cfg.time_dim)
+        )
+        self.down, skips, width = nn.ModuleList(), [channels[0]], channels[0]
+        for stage, c in enumerate(channels):
+            layers = [Layer(cfg, stage, width if i == 0 else c, c) for i in range(cfg.layers)]
+            self.down.append(Stage(layers, conv3x3(cfg, c, c, stride=2) if stage < last else None))
+            skips += [c] * (cfg.layers + (stage < last))
+            width = c
+        self.mid = nn.ModuleList(
+            [
+                ResBlock(cfg, width, width),
+                Transformer2D(cfg, width, cfg.mid_depth, cfg.self_attention[last]),
+                ResBlock(cfg, width, width),
+            ]
+        )
+        self.up = nn.ModuleList()
+        for stage, c in reversed(list(enumerate(channels))):
+            layers = [Layer(cfg, stage, (width if i == 0 else c) + skips.pop(), c) for i in range(cfg.layers + 1)]
+            self.up.append(Stage(layers, Upsample(cfg, c) if stage > 0 else None))
+            width = c
+        self.norm_out = nn.GroupNorm(cfg.groups, width)
+        self.conv_out = conv3x3(cfg, width, cfg.latent_channels)
+
+    def forward(self, x_t, t, text, mask=None):
+        step = 2 ** (len(self.cfg.channels) - 1)
+        if x_t.shape[1] != self.cfg.latent_channels or x_t.shape[2] % step or x_t.shape[3] % step:
+            raise ValueError(
+                f"latents must be (B, {self.cfg.latent_channels}, H, W) with H and W multiples of {step}, "
+                f"got {tuple(x_t.shape)}"
+            )
+        time = self.time_mlp(timestep_embedding(t, self.cfg.channels[0]).to(x_t.dtype))  # (B, time_dim)
+        if mask is not None:
+            mask = mask[:, None, None, :]  # (B, 1, 1, T): the same for every head and pixel
+        x = self.conv_in(x_t)
+        skips = [x]
+        for stage in self.down:
+            for layer in stage.layers:
+                x = layer(x, time, text, mask)
+                skips.append(x)
+            if stage.resample is not None:
+                x = stage.resample(x)
+                skips.append(x)
+        x = self.mid[0](x, time)
+        x = self.mid[1](x, text, mask)
+        x = self.mid[2](x, time)
+        for stage in self.up:
+            for layer in stage.layers:
+                x = layer(torch.cat([x, skips.pop()], dim=1), time, text, mask)
+            if stage.resample is not None:
+                x = stage.resample(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Counting
+
+
+def count(cfg, side, tokens=77):
+    """Parameters and MACs of one forward at a (side, side) latent and 77 text tokens; no weight is allocated.
+
+    Returns (params, macs, per_part) with per_part = {"down.0": (params, macs), ...}.
+    """
+    with torch.device("meta"):
+        net = UNet(cfg)
+        inputs = (torch.empty(1, cfg.latent_channels, side, side), torch.empty(1), torch.empty(1, tokens, cfg.text_dim))
+    with torch.no_grad(), FlopCounterMode(display=False, depth=None) as counter:
+        net(*inputs)
+    macs = {name.removeprefix("UNet."): sum(kinds.values()) // 2 for name, kinds in counter.get_flop_counts().items()}
+    total = macs.pop("Global")
+    parts = {}
+    for name, part in net.named_modules():
+        if name.rstrip("0123456789") in ("conv_in", "time_mlp", "down.", "mid.", "up.", "conv_out"):
+            inside = {n for n in macs if n == name or n.startswith(f"{name}.")}
+            outermost = [n for n in inside if not any(n.startswith(f"{other}.") for other in inside)]
+            parts[name] = (sum(p.numel() for p in part.parameters()), sum(macs[n] for n in outermost))
+    return sum(p.numel() for p in net.parameters()), total, parts
+
+
+# From the paper: what each step does to parameters and MACs (Sec. 3.1), and Table 1 (ImageNet, 256 px).
+PAPER_LADDER = {
+    "a": "FID 3.76", "b": "MACs -17 %, latency -24 %, FID 3.12", "c1": "params -24 %, latency -62 %, FID 3.38",
+    "c2": "against b: params -15 %, MACs -27 %, 2.4x faster", "d1": "params -12 %, MACs -12 %",
+    "d2": "params -16 %, MACs -6 %, latency -9 %", "e": "smaller, faster, better FID", "f": "negligible cost, better FID",
+}  # fmt: skip
+TABLE_1 = (("LDM-4", 400, 104, 3.60), ("U-ViT-L", 287, 77, 3.40), ("U-ViT-H", 501, 133, 2.29), ("DiT-XL/2", 675, 119, 2.27),
+           ("SiT-XL", 675, 119, 2.06), ("SnapGen", 372, 38, 2.06))  # fmt: skip
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Parameters and MACs of the ladder and the presets, beside the paper's.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
+    args = parser.parse_args(argv)
+
+    rows = []
+    for step in LADDER:
+        params, macs_128, _ = count(ladder(step), 128)
+        rows.append({"step": step, "params": params, "macs_32": count(ladder(step), 32)[1], "macs_128": macs_128})
+    presets = {}
+    for name, cfg in PRESETS.items():
+        params, macs_32, _ = count(cfg, 32)
+        presets[name] = {"params": params, "macs_32": macs_32, "macs_128": count(cfg, 128)[1]}
+    if args.json:
+        print(json.dumps({"ladder": rows, "presets": presets}))
+        return
+
+    print("The ladder of Fig. 2 and 3: text width 768, 77 tokens, time embedding 1024, mid depth 4 [A]. MACs of one forward.")
+    print(f"{'step':5}{'params M':>10}{'GMACs 32x32':>13}{'GMACs 128x128':>15}{'params':>9}{'MACs':>8}   the paper says")
+    by_step = {row["step"]: row for row in rows}
+    for before, row in zip([None, *rows], rows, strict=False):
+        # The paper compares c as a whole with b; c1 is the step that Fig. 3 calls the plain separable convolution.
+        before = by_step["b"] if row["step"] == "c2" else before
+        change = [f"{100 * (row[k] / before[k] - 1):+.1f} %" for k in ("params", "macs_128")] if before else ["", ""]
+        print(f"{row['step']:5}{row['params'] / 1e6:10.1f}{row['macs_32'] / 1e9:13.1f}{row['macs_128'] / 1e9:15.0f}"
+              f"{change[0]:>9}{change[1]:>8}   {PAPER_LADDER[row['step']]}")  # fmt: skip
+
+    print("\nTable 1: ImageNet 256 px (32x32 latents). FID is the paper's; ours has not been trained.")
+    print(f"{'model':24}{'params M':>10}{'GMACs':>8}{'FID':>7}")
+    for name, params, macs, fid in TABLE_1:
+        print(f"{name:24}{params:10}{macs:8}{fid:7.2f}")
+    for name, row in presets.items():
+        print(f"{'ours, --size ' + name:24}{row['params'] / 1e6:10.1f}{row['macs_32'] / 1e9:8.1f}{'':>7}")
+    print("t2i is the same UNet with text states 2304 wide; the paper's text-to-image model has 379 M.")
+
+    for name, side in (("imagenet", 32), ("tiny", 8)):
+        print(f"\nWhere they are: --size {name} at a {side}x{side} latent, {PRESETS[name]}")
+        _, _, parts = count(PRESETS[name], side)
+        for part, (params, macs) in parts.items():
+            print(f"{part:12}{params / 1e6:10.3f} M{macs / 1e6:12.1f} MMACs")
+
+
+if __name__ == "__main__":
+    main()
