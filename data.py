@@ -26,7 +26,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from checkpoint import save_atomically
@@ -169,7 +169,9 @@ def _place(rng, count, relation):
             # The second object sits within 25 degrees of the named direction, seen from the first: no caption is
             # true of a picture by a hair's breadth, and none of the other three directions is true as well.
             dx, dy = xy[0] - xy[1]
-            along, across = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[relation]
+            along, across = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[
+                relation
+            ]
             if along <= 0 or abs(across) > math.tan(math.radians(25)) * along:
                 continue
         apart = np.abs(xy[:, None] - xy[None]).max(-1) - (radius[:, None] + radius[None]) + 1e9 * np.eye(count)
@@ -441,7 +443,9 @@ def encode_dataset(dataset, encoders, cache="runs/cache", batch=64):
         bar = tqdm(total=len(dataset), desc="encoding pictures", unit=" pictures", mininterval=1)
         for start in range(0, len(dataset), batch):
             items = [dataset[i] for i in range(start, min(start + batch, len(dataset)))]
-            latents.append(encoders.encode_pictures(to_tensor([picture for picture, _ in items])).half().cpu())
+            latents.append(
+                encoders.encode_pictures(to_tensor([picture for picture, _ in items])).half().cpu().contiguous()
+            )
             ids += [captions.setdefault(caption, len(captions)) for _, caption in items]
             bar.update(len(items))
         bar.close()
@@ -457,3 +461,27 @@ def encode_dataset(dataset, encoders, cache="runs/cache", batch=64):
     name = key(*captions, encoders.fingerprint("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     text, _ = _cached(Path(cache) / f"text-{name}.safetensors", encode_captions)
     return Latents(captions=captions, **pictures, **text)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description="Draw a captioned contact sheet of a data set.")
+    p.add_argument("--data", metavar="DIR", help="folder of pictures with captions; without it, the shapes world")
+    p.add_argument("--split", choices=SPLITS, default="train", help="of the shapes world (default: train)")
+    p.add_argument("--seed", type=int, default=0, help="of the shapes world (default: 0)")
+    p.add_argument("--n", type=int, default=24, help="pictures (default: 24)")
+    p.add_argument("--out", metavar="FILE", default="data.png", help="where to write the sheet (default: data.png)")
+    args = p.parse_args(argv)
+    pictures = CaptionedFolder(args.data, 128) if args.data else ShapesWorld(args.split, args.seed, args.n)
+    items = [pictures[i] for i in range(min(args.n, len(pictures)))]
+    side, columns, font = 128, 4, ImageFont.load_default(11)
+    sheet = Image.new("RGB", (columns * 310, math.ceil(len(items) / columns) * (side + 24)), "white")
+    for i, (picture, caption) in enumerate(items):
+        x, y = i % columns * 310 + 4, i // columns * (side + 24)
+        sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y + 18))
+        ImageDraw.Draw(sheet).text((x, y + 3), caption[:52], fill="black", font=font)
+    save_atomically(sheet.save, args.out)
+    print(f"wrote {args.out}: {len(items)} of {len(pictures)} pictures")
+
+
+if __name__ == "__main__":
+    main()

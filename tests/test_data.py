@@ -1,0 +1,184 @@
+"""The shapes world, folders of pictures, and the cache of latents."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import (
+    FAMILIES,
+    NOVEL_PAIRS,
+    CaptionedFolder,
+    ShapesWorld,
+    draw,
+    encode_dataset,
+    family_of,
+    make_scene,
+    parse_caption,
+)
+
+
+def test_an_item_is_always_the_same_picture():
+    here = [np.asarray(ShapesWorld("train", 3)[i][0]).sum() for i in (5, 0, 7)]
+    code = "import numpy as np, data; world = data.ShapesWorld('train', 3); "
+    code += "print([int(np.asarray(world[i][0]).sum()) for i in (7, 5, 0)])"
+    there = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert [here[2], here[0], here[1]] == there
+    assert ShapesWorld("train", 3).caption(5) == ShapesWorld("train", 3)[5][1]
+    different = {ShapesWorld(split, seed)[0][0].tobytes() for split in data.SPLITS for seed in (0, 1)}
+    assert len(different) == 6
+
+
+def test_novel_pairs_never_occur_in_training():
+    for split in ("train", "val"):
+        pairs = {(t.color, t.shape) for i in range(1500) for t in make_scene(split, 0, i).things}
+        assert not pairs & NOVEL_PAIRS and len(pairs) == 24 - len(NOVEL_PAIRS)
+    for i in range(200):
+        scene = make_scene("novel", 0, i)
+        assert any((p.color, p.shape) in NOVEL_PAIRS for p in parse_caption(scene.caption)[0])
+
+
+def test_captions_read_back_and_pictures_agree_with_them():
+    for family in FAMILIES:
+        for i in range(150):
+            scene = make_scene("val", 1, i, family)
+            phrases, relation = parse_caption(scene.caption)
+            assert family_of(scene.caption) == family == scene.family
+            assert sum(p.count for p in phrases) == len(scene.things)
+            for p in phrases:
+                same = [t for t in scene.things if t.shape == p.shape and p.color in (None, t.color)]
+                assert len(same) >= p.count
+            if relation:
+                a, b = scene.things
+                assert {"left of": a.x < b.x, "right of": a.x > b.x, "above": a.y < b.y, "below": a.y > b.y}[relation]
+    for text in ("a cat", "", "a photo of", "a photo of a pink circle", "a photo of five stars"):
+        with pytest.raises(ValueError, match="shapes world"):
+            parse_caption(text)
+
+
+def test_nothing_touches_and_nothing_is_cut_off():
+    for i in range(400):
+        things = make_scene("train", 2, i).things
+        for a in things:
+            assert min(a.x, a.y) - a.radius >= 1.9 and max(a.x, a.y) + a.radius <= 62.1
+            for b in things:
+                if a is not b:
+                    assert max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + data.GAP - 1e-9
+
+
+def test_every_epoch_shows_every_picture_once():
+    latents = data.Latents(torch.arange(10.0).view(10, 1, 1, 1), torch.arange(10), [], *[torch.zeros(1)] * 3)
+    seen = torch.cat([latents.indices(0, step, 4) for step in range(5)])  # two epochs in five batches of four
+    assert sorted(seen[:10].tolist()) == list(range(10)) == sorted(seen[10:].tolist())
+    assert seen[:10].tolist() != seen[10:].tolist()
+    assert torch.equal(latents.indices(0, 3, 4), seen[12:16])  # any step by itself
+    assert len(latents.indices(0, 0, 25)) == 25  # a batch larger than the data
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Pictures of every kind that people have lying about, and two broken ones."""
+    rng = np.random.default_rng(0)
+    rgb = Image.fromarray(rng.integers(0, 255, (50, 80, 3), dtype=np.uint8))
+    alpha = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    frames = [Image.new("RGB", (70, 70), color) for color in ("red", "blue")]
+    wide = Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16))
+    kinds = {
+        "rgb.png": rgb, "grey.png": rgb.convert("L"), "cmyk.jpg": rgb.convert("CMYK"), "palette.png": rgb.convert("P"),
+        "alpha.png": alpha, "wide.png": wide, "one.bmp": rgb.convert("1"), "small.webp": rgb.resize((9, 9)),
+    }  # fmt: skip
+    for name, picture in kinds.items():
+        picture.save(tmp_path / name)
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "noise.png").write_bytes(b"this is not a picture")
+    (tmp_path / "half.png").write_bytes((tmp_path / "rgb.png").read_bytes()[:400])
+    for path in list(tmp_path.iterdir()):
+        path.with_suffix(".txt").write_text(f"the caption of {path.name}")
+    Image.new("RGB", (9, 9)).save(tmp_path / "without_caption.png")
+    return tmp_path
+
+
+def test_folder_reads_every_kind_of_picture(folder):
+    with pytest.warns(UserWarning, match="left out 2 of 11"):
+        pictures = CaptionedFolder(folder, 64)
+    items = {caption.split()[-1]: picture for picture, caption in (pictures[i] for i in range(len(pictures)))}
+    assert len(items) == 9 and all(p.size == (64, 64) and p.mode == "RGB" for p in items.values())
+    assert items["alpha.png"].getpixel((5, 5)) == (255, 255, 255)  # transparent, laid on white
+    assert items["film.gif"].getpixel((5, 5))[0] > 200  # the first frame
+    wide = np.asarray(items["wide.png"]).astype(int)
+    assert (
+        wide[0, 0, 0] < 5 and wide[-1, -1, 0] > 250 and abs(wide[32].mean() - 129) < 5
+    )  # 16 bits, scaled, not clipped
+
+
+def test_folder_with_metadata(folder):
+    rows = [{"file_name": "rgb.png", "text": "one"}, {"file_name": "grey.png", "text": "two"}]
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    pictures = CaptionedFolder(folder, 32)
+    assert [pictures.caption(i) for i in range(len(pictures))] == ["one", "two"]
+    (folder / "metadata.jsonl").write_text('{"file_name": "rgb.png"}\n')
+    with pytest.raises(SystemExit, match="line 1: expected an object with file_name and text"):
+        CaptionedFolder(folder)
+
+
+def test_bad_folders_end_in_one_sentence(tmp_path):
+    with pytest.raises(SystemExit, match="no such folder"):
+        CaptionedFolder(tmp_path / "nowhere")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    with pytest.raises(SystemExit, match="no captioned pictures"):
+        CaptionedFolder(tmp_path)
+    (tmp_path / "a.txt").write_text("a caption")
+    (tmp_path / "a.png").write_bytes(b"nonsense")
+    with pytest.raises(SystemExit, match="none of the 1 pictures"):
+        CaptionedFolder(tmp_path)
+
+
+class CountingEncoders:
+    """Stands in for FrozenEncoders: counts how often it is asked."""
+
+    asked = 0
+
+    def fingerprint(self, *parts):
+        return " ".join(parts)
+
+    def encode_pictures(self, pictures):
+        self.asked += 1
+        return torch.nn.functional.avg_pool2d(pictures, 8).repeat(1, 6, 1, 1)[:, :16]
+
+    def encode_text(self, captions):
+        lengths = torch.tensor([len(c) for c in captions])
+        return (
+            lengths.float().view(-1, 1, 1).expand(-1, 3, 4),
+            torch.ones(len(captions), 3).bool(),
+            torch.zeros(len(captions), 2),
+        )
+
+
+def test_latents_are_cached_by_content_and_damage_is_noticed(tmp_path):
+    encoders, world = CountingEncoders(), ShapesWorld("train", 0, 10)
+    first = encode_dataset(world, encoders, tmp_path, batch=4)
+    assert encoders.asked == 3 and len(first) == 10 and first.captions[0] == ""
+    for i in range(10):
+        assert first.captions[first.caption_ids[i]] == world.caption(i)
+        assert first.states[first.caption_ids[i]].max() == len(world.caption(i))
+    again = encode_dataset(world, encoders, tmp_path, batch=4)
+    assert encoders.asked == 3 and torch.equal(first.latents, again.latents) and again.captions == first.captions
+    encode_dataset(ShapesWorld("train", 1, 10), encoders, tmp_path, batch=4)
+    assert encoders.asked == 6  # another seed is another data set
+    for path in tmp_path.glob("latents-*.safetensors"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="damaged"):
+        repaired = encode_dataset(world, encoders, tmp_path, batch=4)
+    assert torch.equal(first.latents, repaired.latents)
+
+
+def test_pictures_survive_the_way_to_tensors_and_back():
+    picture = draw(make_scene("val", 0, 0))
+    tensor = data.to_tensor([picture])
+    assert tensor.shape == (1, 3, 64, 64) and tensor.min() >= -1 and tensor.max() <= 1
+    assert np.array_equal(np.asarray(data.to_pictures(tensor)[0]), np.asarray(picture))
