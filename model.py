@@ -4,6 +4,7 @@ One class builds all of it: `UNetConfig` has a switch for each panel of Fig. 2, 
 
     python model.py            # the ladder and Table 1: parameters and MACs beside the paper's figures
     python model.py --json     # the same as one JSON object
+    python model.py --speed    # training pictures a second of each ladder step on this CPU
 
     x_t (B, 16, H, W) ----> conv_in                                                         conv_out ---> v (B, 16, H, W)
                               |                                                                 ^
@@ -21,7 +22,8 @@ What the paper does not tell (time embedding, depth of the middle, text widths) 
 import argparse
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+import time
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +78,9 @@ LADDER = {
 }  # fmt: skip
 
 PRESETS = {
-    "tiny": UNetConfig(channels=(64, 128, 192), depth=(1, 1, 2), mid_depth=1, head_dim=32, text_dim=160, time_dim=256),
+    "tiny": UNetConfig(
+        channels=(32, 96, 160), depth=(1, 1, 1), mid_depth=1, head_dim=32, groups=16, text_dim=160, time_dim=256
+    ),
     "imagenet": UNetConfig(),
     "t2i": UNetConfig(text_dim=2304),
 }
@@ -422,7 +426,9 @@ TABLE_1 = (("LDM-4", 400, 104, 3.60), ("U-ViT-L", 287, 77, 3.40), ("U-ViT-H", 50
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Parameters and MACs of the ladder and the presets, beside the paper's.")
+    parser = argparse.ArgumentParser(
+        description="Parameters and MACs of the ladder and the presets, beside the paper's."
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     args = parser.parse_args(argv)
 
@@ -438,8 +444,12 @@ def main(argv=None):
         print(json.dumps({"ladder": rows, "presets": presets}))
         return
 
-    print("The ladder of Fig. 2 and 3: text width 768, 77 tokens, time embedding 1024, mid depth 4 [A]. MACs of one forward.")
-    print(f"{'step':5}{'params M':>10}{'GMACs 32x32':>13}{'GMACs 128x128':>15}{'params':>9}{'MACs':>8}   the paper says")
+    print(
+        "The ladder of Fig. 2 and 3: text width 768, 77 tokens, time embedding 1024, mid depth 4 [A]. MACs of one forward."
+    )
+    print(
+        f"{'step':5}{'params M':>10}{'GMACs 32x32':>13}{'GMACs 128x128':>15}{'params':>9}{'MACs':>8}   the paper says"
+    )
     by_step = {row["step"]: row for row in rows}
     for before, row in zip([None, *rows], rows, strict=False):
         # The paper compares c as a whole with b; c1 is the step that Fig. 3 calls the plain separable convolution.
