@@ -37,7 +37,11 @@ def save_atomically(save, path):
         os.replace(beside, path)
     except Exception as error:
         # safetensors reports a full disk as an error of its own, with the system's words in it
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error):
+        if (
+            getattr(error, "errno", None) == errno.ENOSPC
+            or "No space left" in str(error)
+            or "os error 28" in str(error)
+        ):
             raise SystemExit(f"the disk is full: could not write {path}. What was saved before is intact.") from error
         if isinstance(error, PermissionError):
             raise SystemExit(f"not allowed to write {path}; choose another folder with --out.") from error
@@ -70,7 +74,11 @@ def describe_machine(device):
                              cwd=Path(__file__).parent, timeout=10).stdout.strip()  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         git = ""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} threads"
+    )
     return {"device": name, "python": platform.python_version(), "torch": torch.__version__, "commit": git or "unknown"}
 
 
@@ -88,7 +96,9 @@ def load_student(folder, device="cpu"):
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise SystemExit(f"{folder} is not a student: it has no {name}. Train one with train_fm.py, or use assets/zoo/fm.")
+            raise SystemExit(
+                f"{folder} is not a student: it has no {name}. Train one with train_fm.py, or use assets/zoo/fm."
+            )
     try:
         config = json.loads((folder / "config.json").read_text())
         model = UNet(UNetConfig(**config["unet"]))
@@ -142,7 +152,9 @@ def load_state(folder, settings, optimizer, **models):
     old = json.loads(metadata["settings"])
     changed = [f"--{k} was {old.get(k)}, is {v}" for k, v in settings.items() if old.get(k) != v]
     if changed:
-        raise SystemExit(f"cannot resume {folder} with other settings: {'; '.join(changed)}. Use the same, or another --out.")
+        raise SystemExit(
+            f"cannot resume {folder} with other settings: {'; '.join(changed)}. Use the same, or another --out."
+        )
     for key, model in models.items():
         load_weights(model, {n.removeprefix(f"{key}."): w for n, w in tensors.items() if n.startswith(f"{key}.")}, path)
     state = {}

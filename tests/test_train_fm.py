@@ -1,0 +1,191 @@
+"""Stage 1 as a user meets it: it learns, it resumes bit for bit, and it fails in one clear sentence."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+import checkpoint
+import train_fm
+from data import rng
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--pictures", "64", "--batch", "8", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A working folder with the project's assets, so that runs/ of the project stays as it is."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "assets").symlink_to(ROOT / "assets")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def at_home(home, monkeypatch):
+    monkeypatch.chdir(home)
+
+
+@pytest.fixture(scope="module")
+def finished(home):
+    """A run of eight steps that nobody disturbed."""
+    before = os.getcwd()
+    os.chdir(home)
+    train_fm.main([*SMALL, "--steps", "8", "--save-every", "4", "--out", "runs/whole"])
+    os.chdir(before)
+    return home / "runs" / "whole"
+
+
+def test_a_run_leaves_what_the_contract_says(finished):
+    names = {str(p.relative_to(finished)) for p in finished.rglob("*") if p.is_file()}
+    assert names == {"model.safetensors", "config.json", "train_state/state.safetensors", "log.csv", "loss.png",
+                     "samples/0000004.png", "samples/0000008.png", "samples/progress.png"}  # fmt: skip
+    config = json.loads((finished / "config.json").read_text())
+    assert config["stage"] == "fm" and config["encoders"] == "assets/toy-sd3" and config["pictures_seen"] == 64
+    assert {"scale", "shift_factor", "unet", "sampling", "latent_size"} <= config.keys()
+    rows = list(csv.DictReader(open(finished / "log.csv")))
+    assert [row["step"] for row in rows] == ["4", "8"] and float(rows[-1]["val_loss"]) > 0
+    assert Image.open(finished / "samples" / "progress.png").size == (8 * 64, 2 * 64)
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_same(finished, home):
+    command = [
+        sys.executable,
+        str(ROOT / "train_fm.py"),
+        *SMALL,
+        "--steps",
+        "8",
+        "--save-every",
+        "4",
+        "--out",
+        "runs/killed",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, cwd=home, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
+    state = home / "runs" / "killed" / "train_state" / "state.safetensors"
+    deadline = time.time() + 120
+    while not state.is_file() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with safetensors.safe_open(state, "pt") as file:
+        assert file.metadata()["step"] == "4"
+    result = subprocess.run([*command, "--resume"], cwd=home, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for name in ("model.safetensors", "train_state/state.safetensors"):
+        whole, killed = (safetensors.torch.load_file(run / name) for run in (finished, home / "runs" / "killed"))
+        assert whole.keys() == killed.keys()
+        assert all(torch.equal(whole[key], killed[key]) for key in whole), name
+    rows = [list(csv.DictReader(open(run / "log.csv"))) for run in (finished, home / "runs" / "killed")]
+    assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]
+
+
+def test_resume_refuses_other_settings(finished):
+    with pytest.raises(SystemExit, match="--lr was 0.001, is 0.5"):
+        train_fm.main([*SMALL, "--steps", "8", "--out", "runs/whole", "--lr", "0.5", "--resume"])
+
+
+def test_resume_without_a_run_starts_one_and_a_nan_stops_it():
+    with pytest.raises(SystemExit, match="the loss became .* lower --lr"):
+        train_fm.main([*SMALL, "--steps", "4", "--save-every", "1", "--out", "runs/nan", "--resume", "--lr", "1e30"])
+    weights = safetensors.torch.load_file("runs/nan/train_state/state.safetensors")
+    assert all(w.isfinite().all() for w in weights.values())
+
+
+def test_init_takes_over_the_weights_and_another_size_is_refused(finished, tmp_path):
+    train_fm.main([*SMALL, "--steps", "1", "--lr", "0", "--init", "runs/whole", "--out", "runs/second"])
+    first, second = (
+        safetensors.torch.load_file(Path(run) / "model.safetensors") for run in ("runs/whole", "runs/second")
+    )
+    assert all(torch.allclose(first[k], second[k], atol=1e-6) for k in first)
+    weights = {**first, "conv_out.1.bias": torch.zeros(3)}
+    (tmp_path / "config.json").write_text(Path("runs/whole/config.json").read_text())
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(SystemExit, match="model of another size: conv_out.1.bias is"):
+        checkpoint.load_student(tmp_path)
+    with pytest.raises(SystemExit, match="is not a student: it has no config.json"):
+        checkpoint.load_student(tmp_path / "nowhere")
+
+
+def test_training_lowers_the_loss_on_one_batch():
+    cfg = train_fm.PRESETS["tiny"]
+    torch.manual_seed(0)
+    model = train_fm.UNet(cfg)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    x0, text = torch.randn(4, 16, 8, 8), torch.randn(4, 6, cfg.text_dim)
+    losses = []
+    for step in range(40):
+        g = rng(0, step)
+        t, eps = torch.rand(4, generator=g), torch.randn(x0.shape, generator=g)
+        v = model(train_fm.flow.interpolate(x0, eps, t), t, text)
+        loss = (v - train_fm.flow.velocity(x0, eps)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_noise_depends_on_seed_and_step_alone_and_captions_are_dropped():
+    class Ones:
+        def batch(self, seed, step, size):
+            return torch.zeros(size, 1, 1, 1), torch.ones(size, dtype=torch.long)
+
+    a, b = (train_fm.noisy_batch(Ones(), 0, 7, 4000, 3.0, 0.1) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert not torch.equal(a[1], train_fm.noisy_batch(Ones(), 0, 8, 4000, 3.0, 0.1)[1])
+    assert (a[3] == 0).float().mean().item() == pytest.approx(0.1, abs=0.02)
+    x_t, t, v, _ = a
+    assert torch.allclose(x_t, t.view(-1, 1, 1, 1) * v, atol=1e-6)  # with x_0 = 0: x_t = t eps, v = eps
+
+
+def test_learning_rate_rises_stays_and_falls():
+    rate = [train_fm.learning_rate(step, 1000, 1.0) for step in range(1000)]
+    assert rate[0] < 0.01 and rate[300] == 1.0 and 0 < rate[-1] < 0.01 and max(rate) == 1.0
+
+
+def test_real_pictures_with_free_text_train_too(tmp_path):
+    for i, caption in enumerate(["a pear on a table", "Zwölf Boxkämpfer — 日本語!", "x " * 60]):
+        Image.new("RGB", (90, 50), (40 * i, 90, 200)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(caption, encoding="utf-8")
+    with pytest.warns(UserWarning, match="caption cut to 24 tokens"):
+        train_fm.main(
+            ["--data", str(tmp_path), "--batch", "4", "--steps", "2", "--out", "runs/real", "--device", "cpu"]
+        )
+    assert Path("runs/real/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["--data", "nowhere"], "no such folder: nowhere"),
+    (["--teacher", "nowhere"], "not a Stable Diffusion 3 folder: it lacks vae"),
+    (["--init", "nowhere"], "is not a student"),
+    (["--device", "abacus"], "no device 'abacus' here"),
+])  # fmt: skip
+def test_bad_input_ends_in_one_sentence(arguments, sentence):
+    with pytest.raises(SystemExit, match=sentence):
+        train_fm.main([*SMALL, "--steps", "1", *arguments, "--out", "runs/bad"])
+
+
+def test_a_full_disk_keeps_the_last_state(tmp_path):
+    path = tmp_path / "model.safetensors"
+    checkpoint.save_atomically(lambda p: p.write_text("good"), path)
+
+    def full(p):
+        p.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(SystemExit, match="the disk is full"):
+        checkpoint.save_atomically(full, path)
+    assert path.read_text() == "good" and list(tmp_path.iterdir()) == [path]
+    if Path("/dev/full").exists():  # the real thing: a device that is always full
+        with pytest.raises(SystemExit, match="the disk is full"):
+            checkpoint.save_atomically(lambda p: Path("/dev/full").write_text("x" * 10_000), path)
