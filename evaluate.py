@@ -1,0 +1,308 @@
+"""mini-GenEval: does the picture show what the caption says? GenEval's rules on the shapes world.
+
+Find the objects in the pixels, then ask whether the caption holds: the right objects, how many, which color, which side,
+and nothing else. Six families, as in GenEval; the score is the mean of the six. It measures composition in a world of
+four shapes and says nothing about photographs: it is called mini-GenEval everywhere, and never GenEval.
+
+    python evaluate.py assets/zoo/fm                 # a student: draws 100 prompts a family, then looks
+    python evaluate.py assets/toy-sd3                # a diffusers pipeline, drawn by diffusers: the teacher
+    python evaluate.py drawn/                        # a folder of pictures with captions (from sample.py --prompts)
+
+Beside each score stands its chance level: the same pictures judged by the other captions of their family. `novel` are
+prompts with color-shape pairs that training never contained.
+"""
+
+import argparse
+import itertools
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import ndimage
+
+from checkpoint import describe_machine, load_student, pick_device
+from data import COLORS, FAMILIES, SHAPES, SIDE, CaptionedFolder, ShapesWorld, family_of, parse_caption, shape_outline
+from encoders import FrozenEncoders
+from sample import draw_pictures, write_folder
+
+NOVEL_FAMILIES = tuple(
+    f for f in FAMILIES if f not in ("single", "two")
+)  # those whose captions name a color and a shape
+
+# ------------------------------------------------------------------------------------------------------------------
+# The detector
+
+
+@dataclass(frozen=True)
+class Detection:
+    """A found object: centre (x, y) of its box and the box's size, in pixels; overlap with its template, 0..1."""
+
+    shape: str
+    color: str
+    x: float
+    y: float
+    width: float
+    height: float
+    overlap: float
+
+
+def _templates(size=32):
+    """Each shape as a boolean mask that fills a (size, size) box, as any detection is scaled to."""
+    from PIL import ImageDraw
+
+    masks = {}
+    for shape in SHAPES:
+        points = np.array(shape_outline(shape, 0.0, 0.0, 1.0))
+        points = (points - points.min(0)) / (points.max(0) - points.min(0)) * size * 8
+        big = Image.new("L", (size * 8, size * 8))
+        ImageDraw.Draw(big).polygon([tuple(p) for p in points], fill=255)
+        masks[shape] = np.asarray(big.reduce(8)) > 127
+    return masks
+
+
+TEMPLATES = _templates()
+PALETTE = np.array(list(COLORS.values()), dtype=np.float32)
+
+
+def detect(picture):
+    """All objects in an RGB picture (PIL) of the shapes world, largest first."""
+    if picture.size != (SIDE, SIDE):
+        picture = picture.resize((SIDE, SIDE), Image.Resampling.BOX)
+    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)  # (64, 64, 3)
+    background = np.median(pixels.reshape(-1, 3), axis=0)  # objects never cover half of the picture
+    distance = np.linalg.norm(pixels - background, axis=-1)
+    # How much of each pixel is object: 0 at the background, 1 at the nearest color of the palette.
+    nearest = np.linalg.norm(pixels[:, :, None] - PALETTE, axis=-1).argmin(-1)  # (64, 64)
+    full = np.linalg.norm(PALETTE - background, axis=-1)
+    labels, n = ndimage.label(distance > 0.5 * full.min())
+    found = []
+    for index, box in enumerate(ndimage.find_objects(labels), start=1):
+        inside = labels[box] == index
+        if inside.sum() < 16:
+            continue  # a speck
+        core = ndimage.binary_erosion(inside, iterations=1)
+        core = core if core.sum() >= 6 else inside
+        votes = np.bincount(nearest[box][core], minlength=len(PALETTE))
+        color = int(votes.argmax())
+        one_color = votes[color] >= 0.6 * votes.sum()
+        # The outline at half coverage, sharpened to a tenth of a pixel by interpolation.
+        y0, x0 = max(box[0].start - 1, 0), max(box[1].start - 1, 0)
+        y1, x1 = min(box[0].stop + 1, SIDE), min(box[1].stop + 1, SIDE)
+        near = ndimage.binary_dilation(labels == index, iterations=1)[y0:y1, x0:x1]
+        coverage = np.where(near, np.clip(distance[y0:y1, x0:x1] / full[color], 0, 1), 0)
+        mask = ndimage.zoom(coverage, 4, order=1, grid_mode=True, mode="nearest") > 0.5
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        if not len(rows):
+            continue
+        top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+        crop = Image.fromarray((mask[top:bottom, left:right] * 255).astype(np.uint8)).resize(
+            (32, 32), Image.Resampling.BILINEAR
+        )
+        crop = np.asarray(crop) > 127
+        overlaps = {shape: (crop & t).sum() / (crop | t).sum() for shape, t in TEMPLATES.items()}
+        shape = max(overlaps, key=overlaps.get)
+        width, height = (right - left) / 4, (bottom - top) / 4
+        good = overlaps[shape] > 0.7 and 0.6 < width / height < 1.6
+        found.append(Detection(
+            shape if good else "unknown", list(COLORS)[color] if one_color else "mixed",
+            float(x0 + (left + right) / 8), float(y0 + (top + bottom) / 8), float(width), float(height), float(overlaps[shape]),
+        ))  # fmt: skip
+    return sorted(found, key=lambda d: -d.width * d.height)
+
+
+def holds(caption, detections):
+    """True if the detections are exactly what the caption says, and nothing else is there."""
+    phrases, relation = parse_caption(caption)
+    wanted = [phrase for phrase in phrases for _ in range(phrase.count)]
+    if len(detections) != len(wanted):
+        return False
+    return any(  # some way to tell which object is which
+        all(d.shape == p.shape and p.color in (None, d.color) for d, p in zip(order, wanted, strict=True))
+        and (relation is None or is_on_side(order[0], order[1], relation))
+        for order in itertools.permutations(detections)
+    )
+
+
+def is_on_side(first, second, relation):
+    """GenEval's rule: a small overlap along an axis does not count, and 60 degrees to either side of an axis do."""
+    offset = np.array([first.x - second.x, first.y - second.y])
+    slack = 0.1 * np.array([first.width + second.width, first.height + second.height])
+    offset = np.sign(offset) * np.maximum(np.abs(offset) - slack, 0)
+    if not offset.any():
+        return False
+    x, y = offset / np.linalg.norm(offset)
+    return bool({"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}[relation])
+
+
+def falsify(caption, rng):
+    """The caption with one word exchanged so that it is false of its picture: a shape, color, number or side."""
+    words = caption.split()
+    kinds = [tuple(SHAPES), tuple(COLORS), ("two", "three", "four"), ("left", "right"), ("above", "below")]
+    kinds.append(tuple(f"{shape}s" for shape in SHAPES))
+    places = [(i, kind) for i, word in enumerate(words) for kind in kinds if word in kind]
+    i, kind = places[rng.integers(len(places))]
+    others = [word for word in kind if word != words[i]]
+    return " ".join([*words[:i], others[rng.integers(len(others))], *words[i + 1 :]])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The score
+
+
+def interval(right, n):
+    """Wilson's 95 % interval of a share."""
+    p, z = right / n, 1.96
+    middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def score(pictures, captions):
+    """mini-GenEval of pictures with captions: {"families": {...}, "overall", "chance", "interval", "pictures"}.
+
+    Each family has score, interval (95 %, Wilson), chance and n. Overall is the mean of the families that occur.
+    """
+    found = [detect(picture) for picture in pictures]
+    families = {}
+    for family in FAMILIES:
+        members = [i for i, caption in enumerate(captions) if family_of(caption) == family]
+        if not members:
+            continue
+        right = sum(holds(captions[i], found[i]) for i in members)
+        other = [holds(captions[j], found[i]) for i in members for j in members if i != j]
+        families[family] = {
+            "score": right / len(members), "interval": [float(v) for v in interval(right, len(members))],
+            "chance": float(np.mean(other)) if other else 0.0, "n": len(members),
+        }  # fmt: skip
+    overall = float(np.mean([f["score"] for f in families.values()]))
+    error = np.sqrt(sum(f["score"] * (1 - f["score"]) / f["n"] for f in families.values())) / len(families)
+    return {
+        "overall": overall, "interval": [max(0.0, float(overall - 1.96 * error)), min(1.0, float(overall + 1.96 * error))],
+        "chance": float(np.mean([f["chance"] for f in families.values()])), "families": families, "pictures": len(pictures),
+    }  # fmt: skip
+
+
+def prompts_of(split, per_family, seed):
+    """per_family captions of every family that `split` has, from the shapes world."""
+    families = NOVEL_FAMILIES if split == "novel" else FAMILIES
+    return [ShapesWorld(split, seed, per_family, family).caption(i) for family in families for i in range(per_family)]
+
+
+def print_table(result, title):
+    print(f"\n{title}\n{'':14}{'score':>7}   {'95 % interval':15}{'chance':>7}{'n':>6}")
+    for name, f in [
+        *result["families"].items(),
+        ("overall", {**result, "score": result["overall"], "n": result["pictures"]}),
+    ]:
+        low, high = f["interval"]
+        print(f"{name:14}{f['score']:7.3f}   {low:.3f} to {high:.3f} {f['chance']:7.3f}{f['n']:6}")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Who draws
+
+
+def draw_with_diffusers(folder, device, args):
+    """diffusers' own StableDiffusion3Pipeline as a function prompts -> pictures: nothing of ours takes part."""
+    from diffusers import StableDiffusion3Pipeline
+
+    try:
+        pipe = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"diffusers cannot load {folder}: {error}") from error
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(prompts, seed):
+        pictures = []
+        for start in range(0, len(prompts), 50):
+            some = prompts[start : start + 50]
+            generators = [torch.Generator().manual_seed(seed * 100_003 + start + i) for i in range(len(some))]
+            pictures += pipe(
+                some, num_inference_steps=args.steps or 28, guidance_scale=args.guidance or 3.0, generator=generators
+            ).images
+            print(f"\rdrew {len(pictures)} of {len(prompts)}", end="", flush=True)
+        print()
+        return pictures
+
+    return draw
+
+
+def draw_with_student(folder, device, args):
+    """A student folder as a function prompts -> pictures."""
+    model, config = load_student(folder, device)
+    encoders = FrozenEncoders(args.teacher or config["encoders"], device)
+    return lambda prompts, seed: draw_pictures(
+        model,
+        config,
+        encoders,
+        prompts,
+        [seed * 100_003 + i for i in range(len(prompts))],
+        args.steps,
+        args.guidance,
+        args.shift,
+    )
+
+
+def parse_arguments(argv=None):
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    p.add_argument("target", metavar="DIR", help="a student, a diffusers SD3 pipeline, or pictures with captions")
+    p.add_argument("--per-family", type=int, default=100, help="prompts a family")
+    p.add_argument("--steps", type=int, help="sampling steps; default: the student's own, 28 for a pipeline")
+    p.add_argument("--guidance", type=float, help="guidance scale; default: the student's own, 3 for a pipeline")
+    p.add_argument("--shift", type=float, help="timestep shift; default: the student's own")
+    p.add_argument(
+        "--no-novel", action="store_true", help="leave the novel split out (it costs two thirds of the other)"
+    )
+    p.add_argument(
+        "--teacher", metavar="DIR", help="SD3 folder with the encoders, if not the one in the student's config"
+    )
+    p.add_argument("--seed", type=int, default=0, help="of the prompts and the noise")
+    p.add_argument("--save", metavar="DIR", help="keep the pictures, with metadata.jsonl")
+    p.add_argument("--device", help="cuda, mps or cpu; chosen by itself if not given")
+    p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    target, device, start = Path(args.target), pick_device(args.device), time.time()
+    report = {"target": str(target), "seed": args.seed, "machine": describe_machine(device)}
+    if not target.is_dir():
+        raise SystemExit(
+            f"no such folder: {target}. Give a student, a diffusers pipeline, or a folder of captioned pictures."
+        )
+    if (target / "model_index.json").is_file() or (target / "model.safetensors").is_file():
+        who = draw_with_diffusers if (target / "model_index.json").is_file() else draw_with_student
+        draw = who(target, device, args)
+        for split in ("val",) if args.no_novel else ("val", "novel"):
+            prompts = prompts_of(split, args.per_family, args.seed)
+            pictures = draw(prompts, args.seed + (split == "novel"))
+            report[split] = score(pictures, prompts)
+            if args.save:
+                write_folder(Path(args.save) / split, pictures, prompts)
+    else:
+        folder = CaptionedFolder(target, SIDE)
+        captions = [folder.caption(i) for i in range(len(folder))]
+        try:
+            report["val"] = score([folder[i][0] for i in range(len(folder))], captions)
+        except ValueError as error:
+            raise SystemExit(f"mini-GenEval reads captions of the shapes world only: {error}") from error
+    report["seconds"] = round(time.time() - start, 1)
+    print_table(
+        report["val"], f"mini-GenEval of {target}, seed {args.seed}, {report['machine']}, {report['seconds']} s"
+    )
+    if "novel" in report:
+        print_table(
+            report["novel"], "novel: color-shape pairs that never occur in training (families that name a color)"
+        )
+    if args.json:
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Sampling and evaluation from the command line, with the committed student."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+import sample
+from checkpoint import load_student
+from data import CaptionedFolder
+from encoders import FrozenEncoders
+
+ROOT = Path(__file__).parent.parent
+FEW = ["--steps", "2", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_one_prompt_makes_one_picture(tmp_path):
+    sample.main(["a photo of a red circle", "--out", str(tmp_path / "one.png"), *FEW])
+    assert Image.open(tmp_path / "one.png").size == (64, 64)
+
+
+def test_several_prompts_make_a_captioned_grid(tmp_path):
+    sample.main(
+        ["a photo of a star", "a photo of two blue squares", "--n", "3", "--out", str(tmp_path / "grid.png"), *FEW]
+    )
+    width, height = Image.open(tmp_path / "grid.png").size
+    assert width >= 3 * 128 and height >= 2 * 128
+
+
+def test_a_picture_depends_on_its_prompt_and_seed_alone():
+    model, config = load_student("assets/zoo/fm")
+    encoders = FrozenEncoders(config["encoders"])
+    prompts = ["a photo of a star", "a photo of a red circle", "a photo of three squares"]
+    together = sample.draw_pictures(model, config, encoders, prompts, [4, 5, 6], steps=2)
+    alone = sample.draw_pictures(model, config, encoders, prompts[1:2], [5], steps=2)[0]
+    assert np.abs(np.asarray(together[1]).astype(int) - np.asarray(alone)).max() <= 1
+    other = sample.draw_pictures(model, config, encoders, prompts[1:2], [6], steps=2)[0]
+    assert np.abs(np.asarray(other).astype(int) - np.asarray(alone)).max() > 10
+
+
+def test_a_file_of_prompts_makes_a_folder_that_reads_back(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a photo of a star\n\na photo of a red circle\na photo of a star\n")
+    sample.main(["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "drawn"), *FEW])
+    folder = CaptionedFolder(tmp_path / "drawn")
+    assert [folder.caption(i) for i in range(3)] == [
+        "a photo of a star",
+        "a photo of a red circle",
+        "a photo of a star",
+    ]
+    assert folder[0][0].tobytes() != folder[2][0].tobytes()  # the same line twice is two drawings
+    evaluate.main([str(tmp_path / "drawn")])
+
+
+def test_trajectories(tmp_path):
+    out = ["--out", str(tmp_path / "out.png"), *FEW]
+    sample.main(["a photo of a star", "--trajectory", str(tmp_path / "path.gif"), *out])
+    assert Image.open(tmp_path / "path.gif").n_frames == 2
+    sample.main(["a photo of a star", "--trajectory", str(tmp_path / "path.png"), *out])
+    assert Image.open(tmp_path / "path.png").size[0] >= 2 * 64
+
+
+def test_a_larger_side_than_trained_on(tmp_path):
+    sample.main(["a photo of a star", "--side", "96", "--out", str(tmp_path / "large.png"), *FEW])
+    assert Image.open(tmp_path / "large.png").size == (96, 96)
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    ([], "nothing to draw"),
+    (["a star", "--model", "nowhere"], "nowhere is not a student"),
+    (["a star", "--steps", "0"], "--steps must be at least 1"),
+    (["a star", "--n", "0"], "--n must be at least 1"),
+    (["a star", "--side", "50"], "--side must be a multiple of 32"),
+    (["--prompts", "nowhere.txt"], "cannot read prompts"),
+    (["a star", "--teacher", "tests"], "not a Stable Diffusion 3 folder"),
+])  # fmt: skip
+def test_bad_input_ends_in_one_sentence(arguments, sentence, tmp_path):
+    with pytest.raises(SystemExit, match=sentence):
+        sample.main([*arguments, "--out", str(tmp_path / "out.png")])
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_empty_prompt_warns(tmp_path):
+    with pytest.warns(UserWarning, match="empty prompt"):
+        sample.main(["", "--out", str(tmp_path / "out.png"), *FEW])
+
+
+def test_evaluation_of_a_student(capsys, tmp_path):
+    evaluate.main(["assets/zoo/fm", "--per-family", "2", "--steps", "2", "--json", "--save", str(tmp_path / "kept")])
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["val"]["pictures"] == 12 and report["novel"]["pictures"] == 8
+    assert set(report["val"]["families"]) == set(evaluate.FAMILIES)
+    assert 0 <= report["val"]["interval"][0] <= report["val"]["overall"] <= report["val"]["interval"][1] <= 1
+    assert len(CaptionedFolder(tmp_path / "kept" / "val")) == 12
+
+
+def test_evaluation_of_a_diffusers_pipeline(capsys):
+    evaluate.main(["assets/toy-sd3", "--per-family", "1", "--steps", "2", "--no-novel", "--json"])
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["val"]["pictures"] == 6 and "novel" not in report
+
+
+def test_the_committed_student_draws_what_it_is_told(capsys):
+    """A floor far below its score (README): this catches a broken sampler or decoder, not a bad day."""
+    evaluate.main(["assets/zoo/fm", "--per-family", "6", "--steps", "12", "--no-novel", "--json"])
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["val"]["overall"] > report["val"]["chance"] + 0.15
