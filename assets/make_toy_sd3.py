@@ -1,0 +1,354 @@
+"""Make assets/toy-sd3: a complete Stable Diffusion 3 pipeline, a thousand times smaller, from nothing.
+
+The course needs a teacher of another architecture, text encoders and an autoencoder, and a class has no time to download
+16 GB. So this script trains all three on the shapes world, in the shape of the real thing: an AutoencoderKL (f = 8, 16
+channels), two CLIP text models, and SD3's MMDiT. The result loads with diffusers' own
+`StableDiffusion3Pipeline.from_pretrained("assets/toy-sd3")` and is committed; nobody needs to run this again.
+
+    python -m assets.make_toy_sd3                       # makes what --out lacks: about three hours on 2 cores
+    python -m assets.make_toy_sd3 --only text --force   # one part again
+
+The parts are made in this order, since each is frozen when the next one learns:
+
+    vae                              pictures -> latents -> pictures; MSE + L1 + a strong KL, so that latents are smooth
+    tokenizer, text_encoder (x 2)    byte-pair merges from captions and Unicode names; CLIP's contrastive training
+    transformer, scheduler           flow matching as in SD3, with one addition (see make_teacher)
+
+Layout of the text: 24 CLIP tokens, then 256 zero tokens where T5 would be, which is what the pipeline appends by itself
+when it has no T5 and `max_sequence_length` is left at 256. Draw with that default.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import shutil
+import unicodedata
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import nn
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+import flow
+from checkpoint import load_state, pick_device, save_json, save_state
+from data import COLORS, SHAPES, SIDE, ShapesWorld, encode_dataset, rng, to_tensor
+from encoders import FrozenEncoders
+
+
+def cosine(step, steps, peak, warmup=100):
+    """Learning rate: linear warm-up, then cosine decay to zero."""
+    return peak * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def save_part(network, folder):
+    """A diffusers or transformers network in half precision, complete or not at all."""
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    copy.deepcopy(network).half().save_pretrained(beside)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(beside, folder)
+
+
+def make_autoencoder(out, device, steps=2400, batch=16, lr=1e-3, kl_weight=1e-3, seed=0):
+    """vae/: an AutoencoderKL with the global shift and scale that make its latents zero-mean and of unit deviation."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=16, block_out_channels=(16, 32, 64, 128), layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=8,
+        use_quant_conv=False, use_post_quant_conv=False, sample_size=64, force_upcast=False,
+    ).to(device, memory_format=torch.channels_last)  # fmt: skip
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    data = ShapesWorld("train", seed, steps * batch)
+    bar = tqdm(range(steps), desc="vae", mininterval=1)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(step, steps, lr)
+        x = to_tensor([data[i][0] for i in range(step * batch, (step + 1) * batch)])
+        x = x.to(device, memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            restored = vae.decode(posterior.sample()).sample
+        mse = F.mse_loss(restored.float(), x)
+        kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
+        loss = mse + 0.1 * (restored.float() - x).abs().mean() + kl_weight * min(1, step / (0.3 * steps)) * kl
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        bar.set_postfix(psnr=f"{10 * math.log10(4 / mse.item()):.1f}", kl=f"{kl.item():.2f}", refresh=False)
+    vae.eval()
+    val = ShapesWorld("val", 0, 256)
+    with torch.no_grad():
+        x = to_tensor([val[i][0] for i in range(256)]).to(device)
+        z = vae.encode(x).latent_dist.mean
+        psnr = (10 * torch.log10(4 / ((vae.decode(z).sample - x) ** 2).mean((1, 2, 3)))).mean().item()
+    # One scale for all channels, as SD3: unit deviation per channel would blow up the channels that hold next to nothing.
+    shift, scale = z.mean().item(), 1 / z.std().item()
+    vae.register_to_config(shift_factor=round(shift, 4), scaling_factor=round(scale, 4))
+    print(f"vae: {psnr:.2f} dB on 256 validation pictures, shift {shift:.4f}, scale {scale:.4f}")
+    save_part(vae.cpu(), out / "vae")
+
+
+def make_tokenizers(out, vocabulary=1536, max_tokens=24):
+    """CLIP's byte-pair tokenizer, merges learned on shapes-world captions and on the Unicode names of pictographs."""
+    names = [unicodedata.name(chr(c), "").lower() for c in (*range(0x2600, 0x27C0), *range(0x1F300, 0x1FB00))]
+    shapes = ShapesWorld("train", 0, 4000)
+    corpus = [shapes.caption(i) for i in range(len(shapes))] + [f"a photo of a {name}" for name in names if name]
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False, use_regex=True)]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - 2 - len(alphabet),
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    bpe.train_from_iterator(corpus, trainer)
+    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    # CLIP's order: "!" first (it is the padding of the second tokenizer), bytes, bytes at a word's end, merges, specials.
+    tokens = (
+        alphabet
+        + [a + "</w>" for a in alphabet]
+        + ["".join(pair) for pair in merges]
+        + ["<|startoftext|>", "<|endoftext|>"]
+    )
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad, model_max_length=max_tokens).save_pretrained(
+            out / name
+        )
+    return len(vocab)
+
+
+class PictureTower(nn.Module):
+    """A small convolutional network: pictures (B, 3, 64, 64) -> features (B, 256). Used here only, never saved."""
+
+    def __init__(self):
+        super().__init__()
+        layers, channels = [nn.AvgPool2d(2)], 3
+        for width in (32, 64, 128):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+                       nn.Conv2d(width, width, 3, padding=1, stride=2), nn.BatchNorm2d(width), nn.ReLU()]  # fmt: skip
+            channels = width
+        self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 16, 256), nn.ReLU())
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def make_text_encoders(out, device, steps=700, batch=256, lr=1e-3, seed=1):
+    """Two CLIP text models, trained as CLIP is: every caption must find its picture among the batch's, and back."""
+    vocabulary = make_tokenizers(out)
+    tokenizers = [CLIPTokenizer.from_pretrained(out / name) for name in ("tokenizer", "tokenizer_2")]
+    torch.manual_seed(seed)
+    towers = nn.ModuleList()
+    for width, activation in ((64, "quick_gelu"), (96, "gelu")):
+        towers.append(CLIPTextModelWithProjection(CLIPTextConfig(
+            vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width, projection_dim=width,
+            num_hidden_layers=3, num_attention_heads=width // 32, max_position_embeddings=tokenizers[0].model_max_length,
+            hidden_act=activation, bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1,
+            pad_token_id=vocabulary - 1 if width == 64 else 0)))  # fmt: skip
+    towers.to(device)
+    eye = PictureTower().to(device, memory_format=torch.channels_last)
+    heads = nn.ModuleList(nn.Linear(256, width) for width in (64, 96)).to(device)
+    temperature = nn.Parameter(torch.full((2,), math.log(1 / 0.07), device=device))
+    parameters = [*towers.parameters(), *eye.parameters(), *heads.parameters(), temperature]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    data = ShapesWorld("train", seed, steps * batch)
+    bar = tqdm(range(steps), desc="text encoders", mininterval=1)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(step, steps, lr)
+        items = [data[i] for i in range(step * batch, (step + 1) * batch)]
+        captions = [caption for _, caption in items]
+        pictures = to_tensor([picture for picture, _ in items]).to(device, memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16):
+            seen = eye(pictures)
+        # Equal captions are equally right: the target spreads over them.
+        same = torch.tensor([[a == b for b in captions] for a in captions]).float().to(device)
+        target = same / same.sum(1, keepdim=True)
+        loss = 0
+        for k, (tokenizer, tower) in enumerate(zip(tokenizers, towers, strict=True)):
+            ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(device)
+            with torch.autocast(device.type, torch.bfloat16):
+                text = F.normalize(tower(ids).text_embeds.float(), dim=-1)
+                image = F.normalize(heads[k](seen).float(), dim=-1)
+            logits = temperature[k].exp().clamp(max=100) * image @ text.T
+            loss = loss + 0.25 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        right = same.gather(1, logits.argmax(1, keepdim=True)).mean().item()
+        bar.set_postfix(loss=f"{loss.item():.2f}", right=f"{right:.2f}", refresh=False)
+    for name, tower in zip(("text_encoder", "text_encoder_2"), towers, strict=True):
+        save_part(tower.cpu(), out / name)
+
+
+class WeightedTextAttention:
+    """diffusers' joint attention, with the last text token counted `n` times.
+
+    Without T5 the pipeline appends n = 256 zero tokens to the text. SD3's transformer gives text tokens no position, so
+    the 256 stay equal in every layer: one of them with log(n) added to its attention logit is the same sum, exactly,
+    and the training sees 25 text tokens, not 280.
+    """
+
+    def __init__(self, n):
+        self.bias = math.log(n)
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, **kwargs):
+        def heads(x):  # (B, S, H * d) -> (B, H, S, d)
+            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        def join(x, context):
+            return torch.cat([heads(x), heads(context)], dim=2)
+
+        picture, text = hidden_states, encoder_hidden_states
+        q = join(attn.to_q(picture), attn.add_q_proj(text))
+        k = join(attn.to_k(picture), attn.add_k_proj(text))
+        v = join(attn.to_v(picture), attn.add_v_proj(text))
+        bias = q.new_zeros(1, 1, 1, k.shape[2])
+        bias[..., -1] = self.bias
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(1, 1, q.shape[2], -1))
+        out = out.transpose(1, 2).flatten(2)
+        picture, text = out[:, : picture.shape[1]], out[:, picture.shape[1] :]
+        if not attn.context_pre_only:
+            text = attn.to_add_out(text)
+        return attn.to_out[0](picture), text
+
+
+def object_map(scene, cells=4):
+    """What is where: (cells * cells, 24) shares, one class per color and shape, of each cell that the objects' boxes cover."""
+    target, side = torch.zeros(cells, cells, len(COLORS) * len(SHAPES)), SIDE / cells
+    for thing in scene.things:
+        index = list(COLORS).index(thing.color) * len(SHAPES) + SHAPES.index(thing.shape)
+        cover = []
+        for centre in (thing.y, thing.x):
+            low, high = centre - thing.radius, centre + thing.radius
+            cover.append(
+                torch.tensor([max(0.0, min(high, (i + 1) * side) - max(low, i * side)) / side for i in range(cells)])
+            )
+        target[:, :, index] += cover[0][:, None] * cover[1][None]
+    return target.flatten(0, 1).clamp(max=1)
+
+
+def make_teacher(out, device, steps=9000, batch=64, lr=1e-3, pictures=60_000, seed=2, compiled=False):
+    """transformer/: the MMDiT, by flow matching on the frozen autoencoder's latents with the frozen CLIPs' states.
+
+    A second loss helps it to learn composition sooner: a linear read-out of its fourth block must tell what is where
+    (in the spirit of REPA, arXiv 2410.06940, with the scene itself in place of a pretrained picture encoder). The
+    read-out is not saved. The students never get this help: they learn as the paper says.
+
+    Its state is kept in runs/toy-sd3, from which the same call goes on.
+    """
+    encoders = FrozenEncoders(out, device)
+    world = ShapesWorld("train", 0, pictures)
+    data = encode_dataset(world, encoders)
+    maps = torch.stack([(object_map(world.scene(i)) * 255).byte() for i in range(pictures)])  # (N, 16, 24)
+    pooled, width = data.pooled.float().to(device), 192  # 64 + 96, padded with zeros as SD3 pads 2048 to 4096
+    text = F.pad(data.states.float(), (0, width - encoders.text_dim, 0, 1)).to(device)  # (K, T + 1, 192), the last zero
+    torch.manual_seed(seed)
+    model = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=16, num_layers=6, attention_head_dim=32, num_attention_heads=4,
+        joint_attention_dim=width, caption_projection_dim=128, pooled_projection_dim=pooled.shape[1], pos_embed_max_size=16,
+    ).to(device)  # fmt: skip
+    for name, parameter in model.named_parameters():  # as DiT: every block starts as the identity
+        if "norm1" in name or "norm_out" in name or name.startswith("proj_out"):
+            nn.init.zeros_(parameter)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    model.set_attn_processor(WeightedTextAttention(256))
+    readout, seen = nn.Linear(128, len(COLORS) * len(SHAPES)).to(device), []
+    model.transformer_blocks[3].register_forward_hook(lambda block, inputs, output: seen.append(output[1]))
+    parameters = [*model.parameters(), *readout.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, fused=True, betas=(0.9, 0.99), weight_decay=0.01)
+    settings, run = {"steps": steps, "batch": batch, "lr": lr, "pictures": pictures, "seed": seed}, Path("runs/toy-sd3")
+    first = load_state(run, settings, optimizer, model=model, ema=ema, readout=readout)
+    for block in model.transformer_blocks if compiled else ():
+        block.compile()
+
+    bar, smooth = tqdm(range(first, steps), initial=first, total=steps, desc="teacher", mininterval=1), None
+    for step in bar:
+        for group in optimizer.param_groups:  # warm-up, plateau, linear decay over the last 30 %
+            group["lr"] = lr * min(1, (step + 1) / 500) * min(1, (steps - step) / (0.3 * steps))
+        index, g = data.indices(seed, step, batch), rng(seed, step)
+        x0, ids = data.latents[index].float(), data.caption_ids[index]
+        ids = torch.where(torch.rand(batch, generator=g) < 0.1, 0, ids).to(device)
+        t = flow.logit_normal_timesteps(batch, shift=3.0, generator=g)
+        eps = torch.randn(x0.shape, generator=g)
+        x_t, v, t = flow.interpolate(x0, eps, t).to(device), flow.velocity(x0, eps).to(device), t.to(device)
+        predicted = model(
+            x_t, encoder_hidden_states=text[ids], pooled_projections=pooled[ids], timestep=1000 * t
+        ).sample
+        loss = F.mse_loss(predicted, v)
+        target = maps[index].float().to(device) / 255
+        where = F.binary_cross_entropy_with_logits(readout(seen.pop()), target) * target.shape[-1]
+        (loss + 0.2 * (1 - step / steps) * where).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = min(0.999, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
+        bar.set_postfix(loss=f"{smooth:.3f}", what_is_where=f"{where.item():.2f}", refresh=False)
+        if (step + 1) % 1000 == 0 or step + 1 == steps:
+            save_state(run, step + 1, settings, optimizer, model=model, ema=ema, readout=readout)
+    save_part(ema.cpu(), out / "transformer")
+
+
+def make_index(out):
+    """scheduler/ and model_index.json: what diffusers needs to put the parts together."""
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(out / "scheduler")
+    index = {
+        "_class_name": "StableDiffusion3Pipeline",
+        "_diffusers_version": "0.42.1",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_3": [None, None],  # no T5: SD3 can do without, but must be told
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "tokenizer_3": [None, None],
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    save_json(index, out / "model_index.json")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("--out", type=Path, default=Path("assets/toy-sd3"), help="where to (default: assets/toy-sd3)")
+    p.add_argument("--only", choices=("vae", "text", "teacher"), help="make this part alone")
+    p.add_argument("--force", action="store_true", help="make parts again that are there already")
+    p.add_argument("--steps", type=int, help="training steps of the part named by --only, if not its own number")
+    p.add_argument("--device", help="cuda, mps or cpu; chosen by itself if not given")
+    p.add_argument(
+        "--compile", action="store_true", help="torch.compile the teacher's blocks: a minute, then twice as fast"
+    )
+    args = p.parse_args(argv)
+    if args.steps and not args.only:
+        p.error("--steps goes with --only")
+    device, steps = pick_device(args.device), {"steps": args.steps} if args.steps else {}
+    makers = {
+        "vae": (["vae"], lambda: make_autoencoder(args.out, device, **steps)),
+        "text": (["text_encoder", "text_encoder_2"], lambda: make_text_encoders(args.out, device, **steps)),
+        "teacher": (["transformer"], lambda: make_teacher(args.out, device, compiled=args.compile, **steps)),
+    }
+    for name, (folders, make) in makers.items():
+        if args.only in (None, name):
+            if all((args.out / folder).is_dir() for folder in folders) and not args.force:
+                print(f"{name}: kept what is in {args.out} (--force makes it again)")
+            else:
+                make()
+    make_index(args.out)
+
+
+if __name__ == "__main__":
+    main()
