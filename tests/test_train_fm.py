@@ -16,7 +16,6 @@ from PIL import Image
 
 import checkpoint
 import train_fm
-from data import rng
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--pictures", "64", "--batch", "8", "--device", "cpu"]
@@ -116,23 +115,26 @@ def test_init_takes_over_the_weights_and_another_size_is_refused(finished, tmp_p
         checkpoint.load_student(tmp_path / "nowhere")
 
 
-def test_training_lowers_the_loss_on_one_batch():
+def test_training_learns_one_batch_by_heart():
     cfg = train_fm.PRESETS["tiny"]
     torch.manual_seed(0)
     model = train_fm.UNet(cfg)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    x0, text = torch.randn(4, 16, 8, 8), torch.randn(4, 6, cfg.text_dim)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    x0, eps, t, text = (
+        torch.randn(4, 16, 8, 8),
+        torch.randn(4, 16, 8, 8),
+        torch.rand(4),
+        torch.randn(4, 6, cfg.text_dim),
+    )
+    x_t, v = train_fm.flow.interpolate(x0, eps, t), train_fm.flow.velocity(x0, eps)
     losses = []
-    for step in range(40):
-        g = rng(0, step)
-        t, eps = torch.rand(4, generator=g), torch.randn(x0.shape, generator=g)
-        v = model(train_fm.flow.interpolate(x0, eps, t), t, text)
-        loss = (v - train_fm.flow.velocity(x0, eps)).square().mean()
+    for _ in range(60):
+        loss = (model(x_t, t, text) - v).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_noise_depends_on_seed_and_step_alone_and_captions_are_dropped():
