@@ -186,8 +186,9 @@ def rope_table(height, width, head_dim, device=None, theta=1e4):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair of channels of x (B, heads, HW, head_dim) by its position's angle. Real numbers only."""
+    """Turn each pair of channels of x (B, HW, heads, head_dim) by its position's angle. Real numbers only."""
     first, second = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]  # (HW, 1, head_dim / 2): the same for every head
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
@@ -196,7 +197,7 @@ class Attention(nn.Module):
 
     def __init__(self, cfg, channels, context_dim=None):
         super().__init__()
-        self.heads, self.head_dim = channels // cfg.head_dim, cfg.head_dim
+        self.multi_query, self.head_dim = cfg.multi_query, cfg.head_dim
         kv_dim = cfg.head_dim if cfg.multi_query else channels
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_dim or channels, kv_dim, bias=False)
@@ -205,18 +206,18 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity()
         self.norm_k = RMSNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity()
 
-    def split(self, x):  # (B, S, heads * d) -> (B, heads, S, d)
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
     def forward(self, x, context=None, mask=None, rope=None):
         context = x if context is None else context
-        q = self.norm_q(self.split(self.to_q(x)))  # (B, heads, S, d)
-        k = self.norm_k(self.split(self.to_k(context)))  # (B, heads or 1, T, d)
-        v = self.split(self.to_v(context))
+        q = self.norm_q(self.to_q(x).unflatten(-1, (-1, self.head_dim)))  # (B, S, heads, d)
+        k = self.norm_k(self.to_k(context).unflatten(-1, (-1, self.head_dim)))  # (B, T, heads or 1, d)
+        v = self.to_v(context).unflatten(-1, (-1, self.head_dim))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        k, v = (h.expand(-1, self.heads, -1, -1) for h in (k, v))  # one key/value head serves all query heads
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, S, d)
+        if self.multi_query:
+            # One key/value head serves all: every head of every pixel is one more query of the same single attention.
+            out = F.scaled_dot_product_attention(q.flatten(1, 2)[:, None], k.transpose(1, 2), v.transpose(1, 2), mask)
+            return self.to_out(out.view(x.shape))  # (B, 1, S * heads, d) -> (B, S, C)
+        out = F.scaled_dot_product_attention(*(h.transpose(1, 2) for h in (q, k, v)), mask)  # (B, heads, S, d)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 
@@ -435,7 +436,7 @@ def training_speed(steps, batch=64, side=8, tokens=24, rounds=7):
     for step in steps:
         cfg = ladder(step, PRESETS["tiny"])
         net = UNet(cfg).to(memory_format=torch.channels_last)
-        turns[step] = (net, torch.optim.AdamW(net.parameters(), lr=1e-4), cfg, [])
+        turns[step] = (net, torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True), cfg, [])
     for _ in range(rounds + 1):  # the first round warms up
         for net, optimizer, cfg, seconds in turns.values():
             x, t = torch.randn(batch, cfg.latent_channels, side, side), torch.rand(batch)

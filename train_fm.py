@@ -133,7 +133,7 @@ def main(argv=None):
     if args.init:
         load_weights(model, load_student(args.init)[0].state_dict(), args.init)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     settings = {
         k: getattr(args, k) for k in ("size", "data", "steps", "batch", "lr", "seed", "init", "pictures", "resolution")
     }

@@ -180,7 +180,8 @@ def test_rope_sees_only_relative_positions():
 
     def product(query_at, key_at):
         turned = [
-            rotate(v.view(1, 1, 1, 64), cos[y * 9 + x], sin[y * 9 + x]) for v, (y, x) in ((q, query_at), (k, key_at))
+            rotate(v.view(1, 1, 1, 64), cos[y * 9 + x][None], sin[y * 9 + x][None])
+            for v, (y, x) in ((q, query_at), (k, key_at))
         ]
         return (turned[0] * turned[1]).sum()
 
