@@ -20,6 +20,7 @@ import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -63,6 +64,7 @@ def pick_device(name=None):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise SystemExit(f"no device {name!r} here; leave --device out to use {found}.") from error
     if device.type == "cpu":
+        np.finfo(np.float32), np.finfo(np.float64)  # numpy looks once, and would warn after the next line
         torch.set_flush_denormal(True)  # denormal numbers are a hundred times slower
     return device
 

@@ -12,9 +12,11 @@ import warnings
 from pathlib import Path
 
 import torch
+import transformers
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+transformers.utils.logging.disable_progress_bar()  # one bar per network says nothing
 PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 

@@ -20,6 +20,7 @@ What the paper does not tell (time embedding, depth of the middle, text widths) 
 """
 
 import argparse
+import functools
 import json
 import math
 from dataclasses import dataclass, replace
@@ -395,6 +396,7 @@ class UNet(nn.Module):
 # Counting
 
 
+@functools.lru_cache
 def count(cfg, side, tokens=77):
     """Parameters and MACs of one forward at a (side, side) latent and 77 text tokens; no weight is allocated.
 

@@ -66,9 +66,7 @@ def parse_arguments(argv=None):
     # data
     p.add_argument("--data", metavar="DIR", help="folder of pictures with captions; without it, the shapes world")
     p.add_argument("--pictures", type=int, default=40_000, help="how many different shapes-world pictures to train on")
-    p.add_argument(
-        "--resolution", type=int, default=64, help="side in pixels to which the pictures of --data are brought"
-    )
+    p.add_argument("--resolution", type=int, help="side in pixels for --data; default: 64, 256 or 1024 by --size")
     # optimisation
     p.add_argument("--steps", type=int, default=3000, help="training steps")
     p.add_argument("--batch", type=int, default=64, help="pictures a step")
@@ -106,6 +104,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
+    args.resolution = args.resolution or {"tiny": 64, "imagenet": 256, "t2i": 1024}[args.size]
     out, shift, drop, ema_decay = Path(args.out), 3.0, 0.1, 0.999
 
     # data: pictures and captions pass through the frozen encoders once
@@ -119,6 +118,11 @@ def main(argv=None):
 
     # model: the UNet, and the average of its weights over time (EMA), which is what gets sampled
     model_config = PRESETS[args.size]
+    if encoders.latent_channels != model_config.latent_channels:
+        raise SystemExit(
+            f"the autoencoder of {args.teacher} has {encoders.latent_channels} latent channels, the UNet "
+            f"{model_config.latent_channels}: give --teacher an SD3 folder."
+        )
     if encoders.text_dim > model_config.text_dim:
         raise SystemExit(f"the text states of {args.teacher} are {encoders.text_dim} wide, --size {args.size} takes "
                          f"{model_config.text_dim}: give a larger --size.")  # fmt: skip
