@@ -35,17 +35,15 @@ def save_atomically(save, path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save(beside)
+        beside.chmod(0o644)  # safetensors makes files that only their owner may read
         os.replace(beside, path)
     except Exception as error:
         # safetensors reports a full disk as an error of its own, with the system's words in it
-        if (
-            getattr(error, "errno", None) == errno.ENOSPC
-            or "No space left" in str(error)
-            or "os error 28" in str(error)
-        ):
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "os error 28" in str(error):
             raise SystemExit(f"the disk is full: could not write {path}. What was saved before is intact.") from error
-        if isinstance(error, PermissionError):
-            raise SystemExit(f"not allowed to write {path}; choose another folder with --out.") from error
+        if isinstance(error, OSError | safetensors.SafetensorError):
+            raise SystemExit(f"cannot write {path}: {getattr(error, 'strerror', None) or error}.") from error
         raise
     finally:
         beside.unlink(missing_ok=True)
@@ -103,12 +101,31 @@ def load_student(folder, device="cpu"):
             )
     try:
         config = json.loads((folder / "config.json").read_text())
+        config["sampling"]["steps"], config["latent_size"], config["encoders"]  # what sampling needs must be there
         model = UNet(UNetConfig(**config["unet"]))
         weights = safetensors.torch.load_file(folder / "model.safetensors")
-    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise SystemExit(f"{folder} cannot be read as a student ({error}); copy or train it again.") from error
+    except (
+        OSError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        safetensors.SafetensorError,
+    ) as error:
+        raise SystemExit(f"{folder} cannot be read as a student ({error!r}); copy or train it again.") from error
     load_weights(model, weights, folder)
     return model.to(device).eval(), config
+
+
+def check_encoders(config, encoders):
+    """A student lives in the latent space it was trained in. Raises SystemExit when the encoders' is another."""
+    theirs = (encoders.scaling_factor, encoders.shift_factor)
+    if (config["scaling_factor"], config["shift_factor"]) != theirs:
+        raise SystemExit(
+            f"this student was trained with latents scaled by {config['scaling_factor']} and shifted by "
+            f"{config['shift_factor']}; the autoencoder in {encoders.folder} has {theirs}. Give its own --teacher."
+        )
 
 
 def load_weights(model, weights, source):
@@ -130,7 +147,7 @@ def save_state(folder, step, settings, optimizer, **models):
     """Everything that training needs to go on as if it had never stopped, in one file: train_state/state.safetensors."""
     tensors = {f"{key}.{n}": w.detach().contiguous() for key, m in models.items() for n, w in m.state_dict().items()}
     for index, values in optimizer.state_dict()["state"].items():
-        tensors.update({f"optimizer.{index}.{name}": value for name, value in values.items()})
+        tensors.update({f"optimizer.{index}.{name}": value.contiguous() for name, value in values.items()})
     metadata = {"step": str(step), "settings": json.dumps(settings)}
     path = Path(folder) / "train_state" / "state.safetensors"
     save_atomically(lambda p: safetensors.torch.save_file(tensors, p, metadata), path)
@@ -149,9 +166,9 @@ def load_state(folder, settings, optimizer, **models):
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise SystemExit(f"{path} is damaged ({error}); start again without --resume.") from error
-    old = json.loads(metadata["settings"])
+        old, step = json.loads(metadata["settings"]), int(metadata["step"])
+    except (LookupError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        raise SystemExit(f"{path} is damaged ({error!r}); delete the run and start again.") from error
     changed = [f"--{k} was {old.get(k)}, is {v}" for k, v in settings.items() if old.get(k) != v]
     if changed:
         raise SystemExit(
@@ -165,7 +182,7 @@ def load_state(folder, settings, optimizer, **models):
             _, index, field = name.split(".")
             state.setdefault(int(index), {})[field] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(metadata["step"])
+    return step
 
 
 class Log:

@@ -14,10 +14,12 @@ Three things live here, in the order in which a picture travels:
 """
 
 import argparse
+import copy
 import functools
 import hashlib
 import json
 import math
+import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from checkpoint import save_atomically
@@ -126,7 +128,7 @@ def _write_caption(phrases, relation=None):
 
 
 def _draw_phrases(rng, family, novel):
-    """Draw what the caption of `family` says. With `novel`, the first phrase names a pair that training never saw."""
+    """Draw what the caption of `family` says. With `novel`, one phrase names a pair that training never saw."""
 
     def pick(options):
         return options[rng.integers(len(options))]
@@ -228,12 +230,19 @@ def draw(scene):
     return big.reduce(k)
 
 
+@functools.lru_cache
+def _fingerprint_of_drawing():
+    """A hash of what sample pictures look like: whoever changes the drawing or the captions gets a new cache."""
+    scenes = [make_scene("train", 0, i) for i in range(32)]
+    return hashlib.sha256(b"".join(draw(s).tobytes() + s.caption.encode() for s in scenes)).hexdigest()[:8]
+
+
 class ShapesWorld:
     """A sequence of (picture, caption): `len` items of one split. Nothing is stored, every item is drawn when asked."""
 
     def __init__(self, split="train", seed=0, length=1000, family=None):
         self.split, self.seed, self.length, self.family = split, seed, length, family
-        self.name = f"shapes-{split}-{seed}-{length}-{family}"
+        self.name = f"shapes-{split}-{seed}-{length}-{family}-{_fingerprint_of_drawing()}"
 
     def __len__(self):
         return self.length
@@ -264,16 +273,23 @@ def open_picture(path, size=None):
     try:
         with Image.open(path) as picture:
             picture.load()
+            picture = ImageOps.exif_transpose(picture)  # phones write the pixels lying down and say so
             if picture.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel: Pillow's own conversion would clip
                 values = np.asarray(picture, dtype=np.float32)
-                top = 65535.0 if picture.mode.startswith("I;16") or values.max() > 255 else 255.0
+                top = (
+                    65535.0
+                    if picture.mode.startswith("I;16") or values.max() > 255
+                    else 255.0
+                    if values.max() > 1
+                    else 1.0
+                )
                 picture = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
             if picture.has_transparency_data:
                 picture = picture.convert("RGBA")
                 white = Image.new("RGBA", picture.size, "white")
                 picture = Image.alpha_composite(white, picture)
             picture = picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise OSError(f"{path} is not a readable picture: {error}") from error
     if size is None:
         return picture
@@ -281,6 +297,13 @@ def open_picture(path, size=None):
     picture = picture.resize([max(size, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     return picture.crop((left, top, left + size, top + size))
+
+
+def _read_text(path):
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from error
 
 
 def list_captions(folder):
@@ -293,7 +316,7 @@ def list_captions(folder):
         raise SystemExit(f"no such folder: {folder}. Give --data a folder of pictures with captions.")
     pairs, metadata = [], folder / "metadata.jsonl"
     if metadata.is_file():
-        for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(_read_text(metadata).splitlines(), 1):
             if not line.strip():
                 continue
             try:
@@ -307,7 +330,7 @@ def list_captions(folder):
         for path in sorted(folder.rglob("*")):
             text = path.with_suffix(".txt")
             if path.suffix.lower() in PICTURE_ENDINGS and text.is_file():
-                pairs.append((path, text.read_text(encoding="utf-8").strip()))
+                pairs.append((path, _read_text(text).strip()))
     if not pairs:
         raise SystemExit(
             f"no captioned pictures in {folder}: put x.txt beside each x.png, or a metadata.jsonl with one "
@@ -325,7 +348,7 @@ class CaptionedFolder:
     def __init__(self, folder, size=SIDE):
         self.size = size
         pairs, self.pairs, self.skipped = list_captions(folder), [], []
-        for path, caption in pairs:
+        for path, caption in tqdm(pairs, desc="checking pictures", disable=len(pairs) < 500):
             try:
                 open_picture(path)
                 self.pairs.append((path, caption))
@@ -338,9 +361,21 @@ class CaptionedFolder:
             )
         if not self.pairs:
             raise SystemExit(f"none of the {len(pairs)} pictures in {folder} can be read, such as {self.skipped[0]}.")
-        # The name stands for the content: another caption or a touched picture makes another cache.
+
+    @property
+    def name(self):
+        """Stands for the content: another caption or a touched picture makes another cache."""
         content = [(str(path), path.stat().st_size, path.stat().st_mtime_ns, text) for path, text in self.pairs]
-        self.name = f"folder-{size}-" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        return f"folder-{self.size}-" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    def split(self, every=20):
+        """(training part, validation part): every 20th picture is held out; with fewer, both parts are everything."""
+        if len(self) < every:
+            return self, self
+        parts = copy.copy(self), copy.copy(self)
+        parts[0].pairs = [pair for i, pair in enumerate(self.pairs) if i % every != every - 1]
+        parts[1].pairs = self.pairs[every - 1 :: every]
+        return parts
 
     def __len__(self):
         return len(self.pairs)
@@ -428,15 +463,16 @@ def _cached(path, compute):
     return tensors, captions
 
 
-def encode_dataset(dataset, encoders, cache="runs/cache", batch=64):
+def encode_dataset(dataset, encoders, cache="runs/cache", batch=None):
     """Pass a dataset through the frozen encoders once: Latents, cached as two safetensors files under `cache`.
 
     The files' names are hashes of the dataset's content and of the encoders' weights, so another picture, caption or
-    encoder never meets an old cache.
+    encoder never meets an old cache. `batch` defaults to as many pictures as make 64 of 128x128 pixels.
     """
+    batch = batch or max(1, 64 * 128**2 // math.prod(dataset[0][0].size))
 
     def key(*parts):
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def encode_pictures():
         captions, ids, latents = {"": 0}, [], []
@@ -471,6 +507,8 @@ def main(argv=None):
     p.add_argument("--n", type=int, default=24, help="pictures (default: 24)")
     p.add_argument("--out", metavar="FILE", default="data.png", help="where to write the sheet (default: data.png)")
     args = p.parse_args(argv)
+    if args.n < 1 or args.seed < 0:
+        raise SystemExit("--n must be at least 1, and --seed at least 0.")
     pictures = CaptionedFolder(args.data, 128) if args.data else ShapesWorld(args.split, args.seed, args.n)
     items = [pictures[i] for i in range(min(args.n, len(pictures)))]
     side, columns, font = 128, 4, ImageFont.load_default(11)

@@ -41,26 +41,26 @@ class FrozenEncoders:
                 "Give --teacher assets/toy-sd3 or a folder of stable-diffusion-3.5-large in diffusers' layout."
             )
         try:
-            self.vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype)
+            self.vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=dtype)
             self.tokenizers = [CLIPTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2")]
             self.text_encoders = [
                 CLIPTextModelWithProjection.from_pretrained(folder / name, dtype=dtype)
                 for name in ("text_encoder", "text_encoder_2")
             ]
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # each library has its own for a damaged file
             raise SystemExit(f"cannot read the encoders in {folder}: {error}") from error
         for network in (self.vae, *self.text_encoders):
             network.requires_grad_(False).eval().to(device)
         self.folder, self.device, self.dtype = folder, torch.device(device), dtype
-        self.shift, self.scale = self.vae.config.shift_factor, self.vae.config.scaling_factor
+        self.shift_factor, self.scaling_factor = self.vae.config.shift_factor, self.vae.config.scaling_factor
         self.latent_channels = self.vae.config.latent_channels
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # f = 8: pixels per latent cell and side
         self.max_tokens = self.tokenizers[0].model_max_length
         self.text_dim = sum(encoder.config.hidden_size for encoder in self.text_encoders)
 
     def fingerprint(self, *parts):
-        """A hash of names, sizes and first megabytes of these parts' files: another encoder, another cache."""
-        digest = hashlib.sha256()
+        """A hash of the name, size and first megabyte of every file of these parts (none given: of all parts)."""
+        parts, digest = parts or PARTS, hashlib.sha256()
         for path in sorted(p for part in parts for p in (self.folder / part).rglob("*") if p.is_file()):
             with open(path, "rb") as file:
                 digest.update(f"{path.relative_to(self.folder)} {path.stat().st_size}".encode() + file.read(1 << 20))
@@ -68,14 +68,17 @@ class FrozenEncoders:
 
     @torch.no_grad()
     def encode_pictures(self, pictures):
-        """(B, 3, H, W) in [-1, 1] -> model latents (B, 16, H/8, W/8) = (z - shift) * scale, z the posterior's mean."""
+        """(B, 3, H, W) in [-1, 1] -> model latents (B, 16, H/8, W/8).
+
+        They are (z - shift_factor) * scaling_factor, with z the mean of the posterior.
+        """
         z = self.vae.encode(pictures.to(self.device, self.dtype)).latent_dist.mode()
-        return (z.float() - self.shift) * self.scale
+        return (z.float() - self.shift_factor) * self.scaling_factor
 
     @torch.no_grad()
     def decode_latents(self, latents):
         """Model latents (B, 16, h, w) -> pictures (B, 3, 8h, 8w) in [-1, 1]."""
-        z = latents.to(self.device).float() / self.scale + self.shift
+        z = latents.to(self.device).float() / self.scaling_factor + self.shift_factor
         return self.vae.decode(z.to(self.dtype)).sample.float().clamp(-1, 1)
 
     @torch.no_grad()
@@ -96,9 +99,12 @@ class FrozenEncoders:
             )
             if mask is None:
                 mask = tokens.attention_mask.bool()
-                for caption in [c for c, full in zip(captions, mask.all(1), strict=True) if full]:
-                    if len(tokenizer(caption).input_ids) > self.max_tokens:
-                        warnings.warn(f"caption cut to {self.max_tokens} tokens: {caption!r}", stacklevel=2)
+                full = [caption for caption, all_real in zip(captions, mask.all(1), strict=True) if all_real]
+                cut = [caption for caption in full if len(tokenizer(caption).input_ids) > self.max_tokens]
+                if cut:
+                    warnings.warn(
+                        f"{len(cut)} captions cut to {self.max_tokens} tokens, such as {cut[0]!r}", stacklevel=2
+                    )
             out = encoder(tokens.input_ids.to(self.device), output_hidden_states=True)
             states.append(out.hidden_states[-2].float())
             pooled.append(out.text_embeds.float())
@@ -113,6 +119,12 @@ class FrozenEncoders:
 def pad_text(states, width):
     """(B, T, D) -> (B, T, width) with zeros behind: one UNet then takes encoders of several widths.
 
-    SD3.5's two CLIPs give D = 2048; the text-to-image preset takes 2304, the width of Gemma-2-2b [A].
+    SD3.5's two CLIPs give D = 2048; the text-to-image preset takes 2304, the width of Gemma-2-2b (our assumption).
+    Raises SystemExit when the states are wider than that.
     """
+    if states.shape[-1] > width:
+        raise SystemExit(
+            f"the text states are {states.shape[-1]} wide, this UNet takes {width}: give the --teacher whose encoders it "
+            "was made for, or a larger --size."
+        )
     return torch.nn.functional.pad(states, (0, width - states.shape[-1]))

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from checkpoint import describe_machine, load_student, pick_device
+from checkpoint import check_encoders, describe_machine, load_student, pick_device, save_atomically, save_json
 from data import COLORS, FAMILIES, SHAPES, SIDE, CaptionedFolder, ShapesWorld, family_of, parse_caption, shape_outline
 from encoders import FrozenEncoders
 from sample import draw_pictures, write_folder
@@ -74,7 +74,6 @@ def detect(picture):
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)  # (64, 64, 3)
     background = np.median(pixels.reshape(-1, 3), axis=0)  # objects never cover half of the picture
     distance = np.linalg.norm(pixels - background, axis=-1)
-    # How much of each pixel is object: 0 at the background, 1 at the nearest color of the palette.
     nearest = np.linalg.norm(pixels[:, :, None] - PALETTE, axis=-1).argmin(-1)  # (64, 64)
     full = np.linalg.norm(PALETTE - background, axis=-1)
     labels, n = ndimage.label(distance > 0.5 * full.min())
@@ -88,7 +87,7 @@ def detect(picture):
         votes = np.bincount(nearest[box][core], minlength=len(PALETTE))
         color = int(votes.argmax())
         one_color = votes[color] >= 0.6 * votes.sum()
-        # The outline at half coverage, sharpened to a tenth of a pixel by interpolation.
+        # How much of each pixel is object, 0 to 1; the outline is where it is half, found to a quarter of a pixel.
         y0, x0 = max(box[0].start - 1, 0), max(box[1].start - 1, 0)
         y1, x1 = min(box[0].stop + 1, SIDE), min(box[1].stop + 1, SIDE)
         near = ndimage.binary_dilation(labels == index, iterations=1)[y0:y1, x0:x1]
@@ -201,14 +200,14 @@ def prompts_of(split, per_family, seed):
     return [ShapesWorld(split, seed, per_family, family).caption(i) for family in families for i in range(per_family)]
 
 
-def print_table(result, title):
-    print(f"\n{title}\n{'':14}{'score':>7}   {'95 % interval':15}{'chance':>7}{'n':>6}")
-    for name, f in [
-        *result["families"].items(),
-        ("overall", {**result, "score": result["overall"], "n": result["pictures"]}),
-    ]:
+def table(result, title):
+    """The families and the overall score as text."""
+    lines = [title, f"{'':14}{'score':>7}   {'95 % interval':15}{'chance':>7}{'n':>6}"]
+    overall = {**result, "score": result["overall"], "n": result["pictures"]}
+    for name, f in [*result["families"].items(), ("overall", overall)]:
         low, high = f["interval"]
-        print(f"{name:14}{f['score']:7.3f}   {low:.3f} to {high:.3f} {f['chance']:7.3f}{f['n']:6}")
+        lines.append(f"{name:14}{f['score']:7.3f}   {low:.3f} to {high:.3f} {f['chance']:7.3f}{f['n']:6}")
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -220,8 +219,8 @@ def draw_with_diffusers(folder, device, args):
     from diffusers import StableDiffusion3Pipeline
 
     try:
-        pipe = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
-    except (OSError, ValueError) as error:
+        pipe = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32).to(device)
+    except Exception as error:  # each library has its own for a damaged file
         raise SystemExit(f"diffusers cannot load {folder}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
 
@@ -231,7 +230,10 @@ def draw_with_diffusers(folder, device, args):
             some = prompts[start : start + 50]
             generators = [torch.Generator().manual_seed(seed * 100_003 + start + i) for i in range(len(some))]
             pictures += pipe(
-                some, num_inference_steps=args.steps or 28, guidance_scale=args.guidance or 3.0, generator=generators
+                some,
+                num_inference_steps=28 if args.steps is None else args.steps,
+                guidance_scale=3.0 if args.guidance is None else args.guidance,
+                generator=generators,
             ).images
             print(f"\rdrew {len(pictures)} of {len(prompts)}", end="", flush=True)
         print()
@@ -244,6 +246,7 @@ def draw_with_student(folder, device, args):
     """A student folder as a function prompts -> pictures."""
     model, config = load_student(folder, device)
     encoders = FrozenEncoders(args.teacher or config["encoders"], device)
+    check_encoders(config, encoders)
     return lambda prompts, seed: draw_pictures(
         model,
         config,
@@ -274,7 +277,7 @@ def parse_arguments(argv=None):
         "--teacher", metavar="DIR", help="SD3 folder with the encoders, if not the one in the student's config"
     )
     p.add_argument("--seed", type=int, default=0, help="of the prompts and the noise")
-    p.add_argument("--save", metavar="DIR", help="keep the pictures, with metadata.jsonl")
+    p.add_argument("--out", metavar="DIR", help="keep the pictures with their captions, table.txt and report.json here")
     p.add_argument("--device", help="cuda, mps or cpu; chosen by itself if not given")
     p.add_argument("--detector", action="store_true", help="check the detector instead, on 1,000 pictures")
     p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
@@ -291,8 +294,9 @@ def main(argv=None):
         raise SystemExit(
             "nothing to evaluate: give a student, a diffusers pipeline, or a folder of captioned pictures."
         )
-    if args.per_family < 1:
-        raise SystemExit(f"--per-family must be at least 1, not {args.per_family}.")
+    for name, low in (("per_family", 1), ("steps", 1), ("guidance", 0), ("shift", 1e-3), ("seed", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < low:
+            raise SystemExit(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(args, name)}.")
     target, device, start = Path(args.target), pick_device(args.device), time.time()
     report = {"target": str(target), "seed": args.seed, "machine": describe_machine(device)}
     if not target.is_dir():
@@ -306,8 +310,8 @@ def main(argv=None):
             prompts = prompts_of(split, args.per_family, args.seed)
             pictures = draw(prompts, args.seed + (split == "novel"))
             report[split] = score(pictures, prompts)
-            if args.save:
-                write_folder(Path(args.save) / split, pictures, prompts)
+            if args.out:
+                write_folder(Path(args.out) / split, pictures, prompts)
     else:
         folder = CaptionedFolder(target, SIDE)
         captions = [folder.caption(i) for i in range(len(folder))]
@@ -316,13 +320,14 @@ def main(argv=None):
         except ValueError as error:
             raise SystemExit(f"mini-GenEval reads captions of the shapes world only: {error}") from error
     report["seconds"] = round(time.time() - start, 1)
-    print_table(
-        report["val"], f"mini-GenEval of {target}, seed {args.seed}, {report['machine']}, {report['seconds']} s"
-    )
+    title = f"mini-GenEval of {target}, seed {args.seed}, {report['machine']}, {report['seconds']} s"
+    text = table(report["val"], title)
     if "novel" in report:
-        print_table(
-            report["novel"], "novel: color-shape pairs that never occur in training (families that name a color)"
-        )
+        text += "\n\n" + table(report["novel"], "novel: color-shape pairs that never occur in training")
+    print("\n" + text)
+    if args.out:
+        save_atomically(lambda p: p.write_text(text + "\n"), Path(args.out) / "table.txt")
+        save_json(report, Path(args.out) / "report.json")
     if args.json:
         print(json.dumps(report))
 

@@ -1,6 +1,7 @@
-"""The mathematics of flow matching on one page (Sec. 3.3; SnapGen trains "flow matching [...] aligning with larger models
-like SD3 and SD3.5").
+"""The mathematics of flow matching on one page (Sec. 3.3).
 
+The paper trains with flow matching, "aligning with larger models like SD3 and SD3.5" (Sec. 1). The formulas are those
+of the team's later papers; the logit-normal is told by a review; the shift is SD3's, and our assumption here.
 Convention, the same everywhere in this project: t = 0 is data, t = 1 is noise.
 
     x_t = (1 - t) x_0 + t eps,   eps ~ N(0, I)          the straight line from data to noise

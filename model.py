@@ -16,7 +16,8 @@ One class builds all of it: `UNetConfig` has a switch for each panel of Fig. 2, 
                               '------------> ResBlock, Transformer, ResBlock -------------------'             attention
 
 "FLOPs" in the paper are multiply-accumulates: it lists DiT-XL/2 with 119 G, which is that model's MAC count. We say MACs.
-What the paper does not tell (time embedding, depth of the middle, text widths) is our assumption, marked [A].
+What the paper does not tell (time embedding, depth of the middle, text widths) is our assumption,
+marked [A]; the README lists all of them.
 """
 
 import argparse
@@ -90,7 +91,8 @@ PRESETS = {
 def ladder(step, base=None):
     """The config of ladder step a, b, c1, c2, d1, d2, e or f, as switches on `base` (default: the paper's widths).
 
-    With another base, such as PRESETS["tiny"], only the switches are set: its widths, depths and sizes stay.
+    With another base, such as PRESETS["tiny"], only the switches are set: its widths and sizes stay, and its depths but
+    for stage 1, which has transformer blocks from step e on.
     """
     if step not in LADDER:
         raise ValueError(f"no ladder step {step!r}; it has {', '.join(LADDER)}")
@@ -177,7 +179,8 @@ class RMSNorm(nn.Module):
 def rope_table(height, width, head_dim, device=None, theta=1e4):
     """Cosines and sines (height * width, head_dim / 2) of 2-D RoPE, for any grid.
 
-    A head's channels come in pairs; the first half of the pairs turns with the row, the second half with the column [A].
+    A head's channels come in pairs (i, i + head_dim / 2); the first half of the pairs turns with the row, the second half
+    with the column [A].
     """
     frequencies = theta ** -(torch.arange(0, head_dim // 2, 2, device=device) / (head_dim // 2))  # (head_dim / 4,)
     rows = torch.arange(height, device=device)[:, None, None] * frequencies  # (H, 1, head_dim / 4)
@@ -217,7 +220,9 @@ class Attention(nn.Module):
         if self.multi_query:
             # One key/value head serves all: every head of every pixel is one more query of the same single attention.
             out = F.scaled_dot_product_attention(q.flatten(1, 2)[:, None], k.transpose(1, 2), v.transpose(1, 2), mask)
-            return self.to_out(out.view(x.shape))  # (B, 1, S * heads, d) -> (B, S, C)
+            return self.to_out(
+                out.squeeze(1).unflatten(1, (-1, q.shape[2])).flatten(2)
+            )  # (B, 1, S heads, d) -> (B, S, C)
         out = F.scaled_dot_product_attention(*(h.transpose(1, 2) for h in (q, k, v)), mask)  # (B, heads, S, d)
         return self.to_out(out.transpose(1, 2).flatten(2))
 

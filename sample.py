@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import flow
-from checkpoint import load_student, pick_device, save_atomically
+from checkpoint import check_encoders, load_student, pick_device, save_atomically
 from data import rng, to_pictures
 from encoders import FrozenEncoders
 
@@ -100,13 +100,15 @@ def parse_arguments(argv=None):
     p.add_argument("--guidance", type=float, help="classifier-free guidance, 1 = none; default: the student's")
     p.add_argument("--shift", type=float, help="timestep shift; default: the student's")
     p.add_argument("--seed", type=int, default=0, help="of the noise")
-    p.add_argument("--side", type=int, help="side of the picture in pixels, if not the one trained on")
+    p.add_argument("--resolution", type=int, help="side of the picture in pixels, if not the one trained on")
     p.add_argument(
         "--trajectory",
         metavar="FILE",
         help="also save x_t and the predicted x_0 of every step: .gif, or .png for a strip",
     )
-    p.add_argument("--out", metavar="PATH", default="out.png", help="picture, or folder with --prompts")
+    p.add_argument(
+        "--out", metavar="PATH", help="picture (default: out.png), or folder with --prompts (default: drawn)"
+    )
     p.add_argument("--device", help="cuda, mps or cpu; chosen by itself if not given")
     return p.parse_args(argv)
 
@@ -121,14 +123,19 @@ def main(argv=None):
     for name, low in (("n", 1), ("steps", 1), ("guidance", 0), ("shift", 1e-3)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise SystemExit(f"--{name} must be at least {low}, not {getattr(args, name)}.")
+    args.out = args.out or ("drawn" if args.prompts else "out.png")
+    for path in (args.trajectory, None if args.prompts else args.out):
+        if path and Path(path).suffix.lower() not in Image.registered_extensions():
+            raise SystemExit(f"cannot tell the kind of picture from {path!r}: end it in .png, .jpg or .gif.")
     device = pick_device(args.device)
     model, config = load_student(args.model, device)
     encoders = FrozenEncoders(args.teacher or config["encoders"], device)
-    if args.side:
+    check_encoders(config, encoders)
+    if args.resolution:
         step = encoders.factor * 2 ** (len(model.cfg.channels) - 1)
-        if args.side < step or args.side % step:
-            raise SystemExit(f"--side must be a multiple of {step} for this model, not {args.side}.")
-        config = {**config, "latent_size": [args.side // encoders.factor] * 2}
+        if args.resolution < step or args.resolution % step:
+            raise SystemExit(f"--resolution must be a multiple of {step} for this model, not {args.resolution}.")
+        config = {**config, "latent_size": [args.resolution // encoders.factor] * 2}
 
     steps_seen = []
     remember = (lambda i, t, x, x0: steps_seen.append((t, x[:1], x0[:1]))) if args.trajectory else None

@@ -81,7 +81,14 @@ def parse_arguments(argv=None):
     # system
     p.add_argument("--device", help="cuda, mps or cpu; chosen by itself if not given")
     p.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes to start, then faster")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    for name in ("steps", "batch", "pictures", "save_every"):
+        if getattr(args, name) < 1:
+            raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
+    args.resolution = args.resolution or {"tiny": 64, "imagenet": 256, "t2i": 1024}[args.size]
+    if args.resolution < 32 or args.resolution % 32:  # 8 pixels a latent cell, and the UNet halves the latent twice
+        raise SystemExit(f"--resolution must be a multiple of 32, not {args.resolution}.")
+    return args
 
 
 def learning_rate(step, steps, peak, warmup=200):
@@ -89,84 +96,80 @@ def learning_rate(step, steps, peak, warmup=200):
     return peak * min(1, (step + 1) / warmup) * min(1, (steps - step) / (0.4 * steps))
 
 
-def noisy_batch(data, seed, step, batch, shift, drop):
-    """One training example from (seed, step) alone: x_t, t, the target velocity and the captions' ids, all on the CPU."""
+def noisy_batch(data, seed, step, batch, shift, caption_dropout):
+    """One training batch from (seed, step) alone: x_t, t, the target velocity and the captions' ids, all on the CPU."""
     x0, caption_ids = data.batch(seed, step, batch)
     g = rng(seed, step)
-    dropped = torch.rand(batch, generator=g) < drop
+    dropped = torch.rand(batch, generator=g) < caption_dropout
     caption_ids = torch.where(dropped, 0, caption_ids)  # caption 0 is the empty one
     t = flow.logit_normal_timesteps(batch, shift, generator=g)
     eps = torch.randn(x0.shape, generator=g)
     return flow.interpolate(x0, eps, t), t, flow.velocity(x0, eps), caption_ids
 
 
+@torch.no_grad()
+def update_ema(ema, model, step, longest=0.999):
+    """ema <- d ema + (1 - d) model, with a short memory at first, when the weights still run."""
+    decay = min(longest, (step + 1) / (step + 10))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
 def main(argv=None):
     args = parse_arguments(argv)
-    device = pick_device(args.device)
+    device, out = pick_device(args.device), Path(args.out)
+    if (out / "train_state").is_dir() and not args.resume:
+        raise SystemExit(f"{out} holds a run already: go on with --resume, choose another --out, or delete it.")
     torch.manual_seed(args.seed)
-    args.resolution = args.resolution or {"tiny": 64, "imagenet": 256, "t2i": 1024}[args.size]
-    out, shift, drop, ema_decay = Path(args.out), 3.0, 0.1, 0.999
+    shift, caption_dropout = 3.0, 0.1
 
     # data: pictures and captions pass through the frozen encoders once
     encoders = FrozenEncoders(args.teacher, device)
     if args.data:
-        pictures = validation = CaptionedFolder(args.data, args.resolution)
+        pictures, validation = CaptionedFolder(args.data, args.resolution).split()
     else:
         pictures, validation = ShapesWorld("train", 0, args.pictures), ShapesWorld("val", 0, 256)
     data, val = encode_dataset(pictures, encoders), encode_dataset(validation, encoders)
-    prompts = PROMPTS if not args.data else [pictures.caption(i * len(pictures) // 8) for i in range(8)]
 
     # model: the UNet, and the average of its weights over time (EMA), which is what gets sampled
-    model_config = PRESETS[args.size]
-    if encoders.latent_channels != model_config.latent_channels:
+    unet_config = PRESETS[args.size]
+    if encoders.latent_channels != unet_config.latent_channels:
         raise SystemExit(
             f"the autoencoder of {args.teacher} has {encoders.latent_channels} latent channels, the UNet "
-            f"{model_config.latent_channels}: give --teacher an SD3 folder."
+            f"{unet_config.latent_channels}: give --teacher an SD3 folder."
         )
-    if encoders.text_dim > model_config.text_dim:
-        raise SystemExit(f"the text states of {args.teacher} are {encoders.text_dim} wide, --size {args.size} takes "
-                         f"{model_config.text_dim}: give a larger --size.")  # fmt: skip
-    model = UNet(model_config).to(device, memory_format=torch.channels_last)  # depthwise convolutions like it
-    states, mask = (
-        pad_text(data.states.float(), model_config.text_dim).to(device),
-        data.mask.to(device),
-    )  # (K, T, D), (K, T)
-    text, empty = (
-        encoders.student_text(captions, model_config.text_dim) for captions in (prompts, [""] * len(prompts))
-    )
+    model = UNet(unet_config).to(device, memory_format=torch.channels_last)  # depthwise convolutions like it
+    prompts = PROMPTS if not args.data else [pictures.caption(i * len(pictures) // 8) for i in range(8)]
+    text, empty = (encoders.student_text(c, unet_config.text_dim) for c in (prompts, [""] * len(prompts)))
     if args.init:
         load_weights(model, load_student(args.init)[0].state_dict(), args.init)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     settings = {
-        k: getattr(args, k) for k in ("size", "data", "steps", "batch", "lr", "seed", "init", "pictures", "resolution")
+        name: getattr(args, name) for name in ("size", "init", "data", "resolution", "steps", "batch", "lr", "seed")
     }
-    first = load_state(out, settings, optimizer, model=model, ema=ema) if args.resume else 0
-    log = Log(out / "log.csv", first)
+    settings |= {"pictures": pictures.name, "teacher": encoders.fingerprint()}  # the same folder may hold other things
+    start_step = load_state(out, settings, optimizer, model=model, ema=ema) if args.resume else 0
+    log = Log(out / "log.csv", start_step)
     forward = torch.compile(model) if args.compile else model
     config = {
-        "stage": "fm", "size": args.size, "encoders": args.teacher, "scale": encoders.scale, "shift_factor": encoders.shift,
-        "latent_size": list(data.latents.shape[2:]), "sampling": {"steps": 28, "guidance": 3.0, "shift": shift},
-        "settings": settings, "machine": describe_machine(device),
+        "stage": "fm", "size": args.size, "encoders": args.teacher, "latent_size": list(data.latents.shape[2:]),
+        "scaling_factor": encoders.scaling_factor, "shift_factor": encoders.shift_factor,
+        "sampling": {"steps": 28, "guidance": 3.0, "shift": shift}, "settings": settings, "machine": describe_machine(device),
     }  # fmt: skip
     print(f"{args.size}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(data)} pictures, "
-          f"{config['machine']}, seed {args.seed}, steps {first} to {args.steps}")  # fmt: skip
+          f"{config['machine']}, seed {args.seed}, steps {start_step} to {args.steps}")  # fmt: skip
 
-    def velocity_of(net, x_t, t, ids):
-        return net(x_t.to(device), t.to(device), states[ids.to(device)], mask[ids.to(device)])
+    def predict(net, source, x_t, t, ids):
+        states = pad_text(source.states[ids].float(), unet_config.text_dim)  # (B, T, text_dim)
+        return net(x_t.to(device), t.to(device), states.to(device), source.mask[ids].to(device))
 
     @torch.no_grad()
     def validate():
         """Mean squared error of the EMA on fixed pictures, noise and times."""
-        losses, val_states, val_mask = (
-            [],
-            pad_text(val.states.float(), model_config.text_dim).to(device),
-            val.mask.to(device),
-        )
+        losses, size = [], min(64, len(val))
         for i in range(min(4, math.ceil(len(val) / 64))):
-            x_t, t, v, ids = noisy_batch(val, 1, i, min(64, len(val)), shift, drop=0.0)
-            predicted = ema(x_t.to(device), t.to(device), val_states[ids], val_mask[ids])
-            losses.append(F.mse_loss(predicted.float().cpu(), v).item())
+            x_t, t, v, ids = noisy_batch(val, 1, i, size, shift, caption_dropout=0.0)
+            losses.append(F.mse_loss(predict(ema, val, x_t, t, ids).float().cpu(), v).item())
         return sum(losses) / len(losses)
 
     def draw_samples(step):
@@ -174,37 +177,28 @@ def main(argv=None):
         noise = torch.randn(len(prompts), *data.latents.shape[1:], generator=rng(args.seed)).to(device)
         latents = flow.euler_sample(ema, noise, text, empty, 16, 3.0, shift)
         row = to_pictures(encoders.decode_latents(latents))
-        strip = Image.new("RGB", (row[0].width * len(row), row[0].height))
-        for i, picture in enumerate(row):
-            strip.paste(picture, (i * picture.width, 0))
-        save_atomically(strip.save, out / "samples" / f"{step:07d}.png")
+        save_atomically(stack([row]).save, out / "samples" / f"{step:07d}.png")
         rows = [Image.open(p) for p in sorted((out / "samples").glob("[0-9]*.png")) if int(p.stem) <= step]
-        grid = Image.new("RGB", (strip.width, sum(r.height for r in rows)))
-        for i, r in enumerate(rows):
-            grid.paste(r, (0, i * strip.height))
-        save_atomically(grid.save, out / "samples" / "progress.png")
+        save_atomically(stack([[r] for r in rows]).save, out / "samples" / "progress.png")
 
     # the loop
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="stage 1", mininterval=1)
+    bar = tqdm(range(start_step, args.steps), initial=start_step, total=args.steps, desc="stage 1", mininterval=1)
     bins, start = torch.zeros(2, BINS), time.time()  # sums of losses, and counts
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
 
-        x_t, t, v, ids = noisy_batch(data, args.seed, step, args.batch, shift, drop)
+        x_t, t, v, ids = noisy_batch(data, args.seed, step, args.batch, shift, caption_dropout)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            predicted = velocity_of(forward, x_t, t, ids)
+            predicted = predict(forward, data, x_t, t, ids)
         losses = (predicted.float() - v.to(device)).square().mean((1, 2, 3))  # (B,)   || v_theta(x_t, t, c) - v ||^2
-        loss = losses.mean()
-        loss.backward()
+        losses.mean().backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if not torch.isfinite(grad_norm):
-            raise SystemExit(f"the loss became {loss.item()} at step {step}. The last good state is in {out / 'train_state'}: "
-                             f"try again from there with a lower --lr than {args.lr}, through --init.")  # fmt: skip
+            stop_on_nan(step, out, args.lr)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        decay = min(ema_decay, (step + 1) / (step + 10))  # a short memory at first, when the weights still run
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        update_ema(ema, model, step)
 
         which = (t * BINS).long().clamp(max=BINS - 1)
         bins[0].index_add_(0, which, losses.detach().float().cpu())
@@ -215,16 +209,41 @@ def main(argv=None):
             per_bin = {f"loss_t{i / BINS:.1f}": (bins[0, i] / bins[1, i]).item() for i in range(BINS)}
             bins.zero_()
             val_loss = validate() if save else float("nan")
+            if save and not math.isfinite(val_loss + mean):
+                stop_on_nan(step, out, args.lr)
             log.add(step=step + 1, pictures=(step + 1) * args.batch, loss=mean, **per_bin, val_loss=val_loss,
                     grad_norm=grad_norm.item(), lr=optimizer.param_groups[0]["lr"],
-                    pictures_per_second=(step + 1 - first) * args.batch / (time.time() - start))  # fmt: skip
+                    pictures_per_second=(step + 1 - start_step) * args.batch / (time.time() - start))  # fmt: skip
             bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
-            if save:
-                save_student(out, ema, {**config, "step": step + 1, "pictures_seen": (step + 1) * args.batch})
-                save_state(out, step + 1, settings, optimizer, model=model, ema=ema)
-                draw_samples(step + 1)
-                plot(log, out / "loss.png")
-    print(f"wrote {out}: model.safetensors, config.json, log.csv, loss.png, samples/progress.png")
+        if save:  # the state last: whatever a kill leaves undone before it is done again by --resume
+            draw_samples(step + 1)
+            plot(log, out / "loss.png")
+            save_student(out, ema, {**config, "step": step + 1, "pictures_seen": (step + 1) * args.batch})
+            save_state(out, step + 1, settings, optimizer, model=model, ema=ema)
+    print(f"{out}: model.safetensors, config.json, log.csv, loss.png, samples/progress.png")
+
+
+def stop_on_nan(step, out, lr):
+    """End the run in one sentence; what was saved before stays as it is."""
+    saved = (out / "model.safetensors").is_file()
+    raise SystemExit(
+        f"the loss or its gradient is no longer a number at step {step}: the learning rate {lr} is too high. "
+        + (
+            f"Go on from the last good weights with --init {out}, another --out and a lower --lr."
+            if saved
+            else "Lower --lr."
+        )
+    )
+
+
+def stack(rows):
+    """Rows of equally large pictures as one picture."""
+    width, height = rows[0][0].size
+    whole = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
+    for r, row in enumerate(rows):
+        for c, picture in enumerate(row):
+            whole.paste(picture, (c * width, r * height))
+    return whole
 
 
 def plot(log, path):

@@ -14,8 +14,8 @@ The parts are made in this order, since each is frozen when the next one learns:
     tokenizer, text_encoder (x 2)    byte-pair merges from captions and Unicode names; CLIP's contrastive training
     transformer, scheduler           flow matching as in SD3, with one addition (see make_teacher)
 
-Layout of the text: 24 CLIP tokens, then 256 zero tokens where T5 would be, which is what the pipeline appends by itself
-when it has no T5 and `max_sequence_length` is left at 256. Draw with that default.
+Layout of the text: 24 CLIP tokens, then 256 zero tokens where T5's would be: what the pipeline appends without a T5 when
+`max_sequence_length` is left at 256, and what our silent T5 gives. Draw with that default.
 """
 
 import argparse
@@ -33,12 +33,20 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 import flow
 from checkpoint import load_state, pick_device, save_json, save_state
 from data import COLORS, SHAPES, SIDE, ShapesWorld, encode_dataset, rng, to_tensor
 from encoders import FrozenEncoders
+from train_fm import update_ema
 
 
 def cosine(step, steps, peak, warmup=100):
@@ -269,7 +277,8 @@ def make_teacher(out, device, steps=9000, batch=64, lr=1e-3, pictures=60_000, se
     model.transformer_blocks[3].register_forward_hook(lambda block, inputs, output: seen.append(output[1]))
     parameters = [*model.parameters(), *readout.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, fused=True, betas=(0.9, 0.99), weight_decay=0.01)
-    settings, run = {"steps": steps, "batch": batch, "lr": lr, "pictures": pictures, "seed": seed}, Path("runs/toy-sd3")
+    settings = {"steps": steps, "batch": batch, "lr": lr, "seed": seed, "pictures": world.name}
+    settings["encoders"], run = encoders.fingerprint(), Path("runs/toy-sd3")
     first = load_state(run, settings, optimizer, model=model, ema=ema, readout=readout)
     for block in model.transformer_blocks if compiled else ():
         block.compile()
@@ -294,8 +303,7 @@ def make_teacher(out, device, steps=9000, batch=64, lr=1e-3, pictures=60_000, se
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        decay = min(0.999, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        update_ema(ema, model, step)
         smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
         bar.set_postfix(loss=f"{smooth:.3f}", what_is_where=f"{where.item():.2f}", refresh=False)
         if (step + 1) % 1000 == 0 or step + 1 == steps:
@@ -303,22 +311,34 @@ def make_teacher(out, device, steps=9000, batch=64, lr=1e-3, pictures=60_000, se
     save_part(ema.cpu(), out / "transformer")
 
 
+def make_silent_t5(out, width=192):
+    """text_encoder_3/, tokenizer_3/: a T5 that says nothing. Its last norm is zero, and so are all its states.
+
+    SD3 can do without T5 (the pipeline then appends as many zero tokens as T5 would give), but diffusers loads such a
+    folder only when told so by hand. With this one it loads by itself, draws the same, and has the layout of the real one.
+    """
+    letters = [chr(c) for c in range(33, 127)]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *((letter, -4.0) for letter in letters)]
+    T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(out / "tokenizer_3")
+    config = T5Config(vocab_size=len(pieces), d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    silent = T5EncoderModel(config)
+    nn.init.zeros_(silent.encoder.final_layer_norm.weight)
+    save_part(silent, out / "text_encoder_3")
+
+
 def make_index(out):
     """scheduler/ and model_index.json: what diffusers needs to put the parts together."""
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(out / "scheduler")
-    index = {
-        "_class_name": "StableDiffusion3Pipeline",
-        "_diffusers_version": "0.42.1",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "text_encoder_3": [None, None],  # no T5: SD3 can do without, but must be told
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "tokenizer_3": [None, None],
-        "transformer": ["diffusers", "SD3Transformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
+    classes = {
+        "scheduler": "FlowMatchEulerDiscreteScheduler", "transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModelWithProjection", "tokenizer": "CLIPTokenizer",
+        "text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": "CLIPTokenizer",
+        "text_encoder_3": "T5EncoderModel", "tokenizer_3": "T5Tokenizer",
+    }  # fmt: skip
+    index = {"_class_name": "StableDiffusion3Pipeline", "_diffusers_version": "0.42.1"}
+    index |= {name: ["transformers" if name.startswith("t") and name != "transformer" else "diffusers", kind]
+              for name, kind in classes.items()}  # fmt: skip
+    index |= {"feature_extractor": [None, None], "image_encoder": [None, None]}
     save_json(index, out / "model_index.json")
 
 
@@ -335,6 +355,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.steps and not args.only:
         p.error("--steps goes with --only")
+    if args.force and args.only in (None, "teacher"):
+        shutil.rmtree("runs/toy-sd3", ignore_errors=True)  # where an earlier teacher's training was kept
     device, steps = pick_device(args.device), {"steps": args.steps} if args.steps else {}
     makers = {
         "vae": (["vae"], lambda: make_autoencoder(args.out, device, **steps)),
@@ -347,6 +369,7 @@ def main(argv=None):
                 print(f"{name}: kept what is in {args.out} (--force makes it again)")
             else:
                 make()
+    make_silent_t5(args.out)
     make_index(args.out)
 
 

@@ -136,6 +136,19 @@ def test_bad_folders_end_in_one_sentence(tmp_path):
     (tmp_path / "a.png").write_bytes(b"nonsense")
     with pytest.raises(SystemExit, match="none of the 1 pictures"):
         CaptionedFolder(tmp_path)
+    (tmp_path / "a.txt").write_bytes("Käse".encode("latin-1"))
+    with pytest.raises(SystemExit, match="not UTF-8"):
+        CaptionedFolder(tmp_path)
+
+
+def test_every_20th_picture_is_held_out(tmp_path):
+    for i in range(45):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:02}.png")
+        (tmp_path / f"{i:02}.txt").write_text(str(i))
+    whole = CaptionedFolder(tmp_path, 32)
+    train, val = whole.split()
+    assert [val.caption(i) for i in range(len(val))] == ["19", "39"] and len(train) == 43
+    assert len({whole.name, train.name, val.name}) == 3  # three caches
 
 
 class CountingEncoders:

@@ -68,7 +68,7 @@ def test_trajectories(tmp_path):
 
 
 def test_a_larger_side_than_trained_on(tmp_path):
-    sample.main(["a photo of a star", "--side", "96", "--out", str(tmp_path / "large.png"), *FEW])
+    sample.main(["a photo of a star", "--resolution", "96", "--out", str(tmp_path / "large.png"), *FEW])
     assert Image.open(tmp_path / "large.png").size == (96, 96)
 
 
@@ -77,14 +77,16 @@ def test_a_larger_side_than_trained_on(tmp_path):
     (["a star", "--model", "nowhere"], "nowhere is not a student"),
     (["a star", "--steps", "0"], "--steps must be at least 1"),
     (["a star", "--n", "0"], "--n must be at least 1"),
-    (["a star", "--side", "50"], "--side must be a multiple of 32"),
+    (["a star", "--resolution", "50"], "--resolution must be a multiple of 32"),
     (["--prompts", "nowhere.txt"], "cannot read prompts"),
+    (["a star", "--out", "grid"], "end it in .png"),
+    (["a star", "--trajectory", "path.mp4"], "end it in .png"),
     (["a star", "--teacher", "tests"], "not a Stable Diffusion 3 folder"),
 ])  # fmt: skip
 def test_bad_input_ends_in_one_sentence(arguments, sentence, tmp_path):
     with pytest.raises(SystemExit, match=sentence):
-        sample.main([*arguments, "--out", str(tmp_path / "out.png")])
-    assert not (tmp_path / "out.png").exists()
+        sample.main([*arguments] if "--out" in arguments else [*arguments, "--out", str(tmp_path / "out.png")])
+    assert not list(tmp_path.iterdir())
 
 
 def test_empty_prompt_warns(tmp_path):
@@ -93,12 +95,14 @@ def test_empty_prompt_warns(tmp_path):
 
 
 def test_evaluation_of_a_student(capsys, tmp_path):
-    evaluate.main(["assets/zoo/fm", "--per-family", "2", "--steps", "2", "--json", "--save", str(tmp_path / "kept")])
+    evaluate.main(["assets/zoo/fm", "--per-family", "2", "--steps", "2", "--json", "--out", str(tmp_path / "kept")])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["val"]["pictures"] == 12 and report["novel"]["pictures"] == 8
     assert set(report["val"]["families"]) == set(evaluate.FAMILIES)
     assert 0 <= report["val"]["interval"][0] <= report["val"]["overall"] <= report["val"]["interval"][1] <= 1
     assert len(CaptionedFolder(tmp_path / "kept" / "val")) == 12
+    assert json.loads((tmp_path / "kept" / "report.json").read_text()) == report
+    assert "attribution" in (tmp_path / "kept" / "table.txt").read_text()
 
 
 def test_evaluation_of_a_diffusers_pipeline(capsys):
@@ -112,3 +116,19 @@ def test_the_committed_student_draws_what_it_is_told(capsys):
     evaluate.main(["assets/zoo/fm", "--per-family", "6", "--steps", "12", "--no-novel", "--json"])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["val"]["overall"] > report["val"]["chance"] + 0.15
+
+
+def test_a_student_refuses_the_latents_of_another_autoencoder(tmp_path):
+    config = json.loads((ROOT / "assets/zoo/fm/config.json").read_text())
+    (tmp_path / "model.safetensors").symlink_to(ROOT / "assets/zoo/fm/model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({**config, "scaling_factor": 9.0}))
+    with pytest.raises(SystemExit, match="trained with latents scaled by 9.0"):
+        sample.main(["a photo of a star", "--model", str(tmp_path), "--out", str(tmp_path / "out.png")])
+    (tmp_path / "config.json").write_text(json.dumps({**config, "unet": {"channels": [1]}}))
+    with pytest.raises(SystemExit, match="cannot be read as a student"):
+        load_student(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").write_bytes((ROOT / "assets/zoo/fm/model.safetensors").read_bytes()[:1000])
+    with pytest.raises(SystemExit, match="cannot be read as a student"):
+        load_student(tmp_path)

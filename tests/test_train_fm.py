@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def test_a_run_leaves_what_the_contract_says(finished):
                      "samples/0000004.png", "samples/0000008.png", "samples/progress.png"}  # fmt: skip
     config = json.loads((finished / "config.json").read_text())
     assert config["stage"] == "fm" and config["encoders"] == "assets/toy-sd3" and config["pictures_seen"] == 64
-    assert {"scale", "shift_factor", "unet", "sampling", "latent_size"} <= config.keys()
+    assert {"scaling_factor", "shift_factor", "unet", "sampling", "latent_size"} <= config.keys()
     rows = list(csv.DictReader(open(finished / "log.csv")))
     assert [row["step"] for row in rows] == ["4", "8"] and float(rows[-1]["val_loss"]) > 0
     assert Image.open(finished / "samples" / "progress.png").size == (8 * 64, 2 * 64)
@@ -93,11 +94,36 @@ def test_resume_refuses_other_settings(finished):
         train_fm.main([*SMALL, "--steps", "8", "--out", "runs/whole", "--lr", "0.5", "--resume"])
 
 
-def test_resume_without_a_run_starts_one_and_a_nan_stops_it():
-    with pytest.raises(SystemExit, match="the loss became .* lower --lr"):
+def test_resume_notices_another_teacher_and_other_pictures(finished, tmp_path):
+    teacher = shutil.copytree(ROOT / "assets/toy-sd3", tmp_path / "toy-sd3")
+    (teacher / "vae" / "config.json").write_text((teacher / "vae" / "config.json").read_text() + " ")
+    again = [*SMALL, "--steps", "8", "--save-every", "4", "--out", "runs/whole", "--resume"]
+    with pytest.raises(SystemExit, match="--teacher was"):
+        train_fm.main([*again, "--teacher", str(teacher)])
+    with pytest.raises(SystemExit, match="--pictures was"):
+        train_fm.main([*again, "--pictures", "65"])
+
+
+def test_a_finished_run_is_not_overwritten_and_not_trained_again(finished):
+    before = (finished / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="holds a run already: go on with --resume"):
+        train_fm.main([*SMALL, "--steps", "8", "--out", "runs/whole"])
+    train_fm.main([*SMALL, "--steps", "8", "--out", "runs/whole", "--resume"])
+    assert (finished / "model.safetensors").read_bytes() == before
+
+
+def test_a_loss_that_explodes_stops_the_run_and_saves_nothing_bad():
+    with pytest.raises(SystemExit, match="no longer a number at step .* Lower --lr"):
         train_fm.main([*SMALL, "--steps", "4", "--save-every", "1", "--out", "runs/nan", "--resume", "--lr", "1e30"])
-    weights = safetensors.torch.load_file("runs/nan/train_state/state.safetensors")
-    assert all(w.isfinite().all() for w in weights.values())
+    assert not Path("runs/nan/model.safetensors").exists()
+
+
+def test_ema_follows_the_model_and_keeps_no_graph():
+    model, ema = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3).requires_grad_(False)
+    start = ema.weight.clone()
+    train_fm.update_ema(ema, model, step=10_000, longest=0.9)
+    assert torch.allclose(ema.weight, 0.9 * start + 0.1 * model.weight)
+    assert not ema.weight.requires_grad and ema.weight.grad_fn is None
 
 
 def test_init_takes_over_the_weights_and_another_size_is_refused(finished, tmp_path):
@@ -159,7 +185,7 @@ def test_real_pictures_with_free_text_train_too(tmp_path):
     for i, caption in enumerate(["a pear on a table", "Zwölf Boxkämpfer — 日本語!", "x " * 60]):
         Image.new("RGB", (90, 50), (40 * i, 90, 200)).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text(caption, encoding="utf-8")
-    with pytest.warns(UserWarning, match="caption cut to 24 tokens"):
+    with pytest.warns(UserWarning, match="captions cut to 24 tokens"):
         train_fm.main(
             ["--data", str(tmp_path), "--batch", "4", "--steps", "2", "--out", "runs/real", "--device", "cpu"]
         )
@@ -167,6 +193,9 @@ def test_real_pictures_with_free_text_train_too(tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
+    (["--batch", "0"], "--batch must be at least 1"),
+    (["--save-every", "0"], "--save-every must be at least 1"),
+    (["--resolution", "60"], "--resolution must be a multiple of 32"),
     (["--data", "nowhere"], "no such folder: nowhere"),
     (["--teacher", "nowhere"], "not a Stable Diffusion 3 folder: it lacks vae"),
     (["--init", "nowhere"], "is not a student"),
@@ -188,6 +217,22 @@ def test_a_full_disk_keeps_the_last_state(tmp_path):
     with pytest.raises(SystemExit, match="the disk is full"):
         checkpoint.save_atomically(full, path)
     assert path.read_text() == "good" and list(tmp_path.iterdir()) == [path]
-    if Path("/dev/full").exists():  # the real thing: a device that is always full
-        with pytest.raises(SystemExit, match="the disk is full"):
-            checkpoint.save_atomically(lambda p: Path("/dev/full").write_text("x" * 10_000), path)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a file size limit, which this system does not have")
+def test_a_disk_that_fills_while_weights_are_written(tmp_path):
+    """A real limit, through safetensors itself: the process may write 10 kB a file, the weights need 400 kB."""
+    code = f"""
+import resource, signal, torch, safetensors.torch
+from pathlib import Path
+from checkpoint import save_atomically
+path = Path({str(tmp_path)!r}) / "model.safetensors"
+save_atomically(lambda p: safetensors.torch.save_file({{"w": torch.zeros(10)}}, p), path)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+save_atomically(lambda p: safetensors.torch.save_file({{"w": torch.zeros(100_000)}}, p), path)
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0 and "model.safetensors" in result.stderr and "Traceback" not in result.stderr
+    assert safetensors.torch.load_file(tmp_path / "model.safetensors")["w"].shape == (10,)
+    assert len(list(tmp_path.iterdir())) == 1
