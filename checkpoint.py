@@ -11,6 +11,7 @@ Weights are safetensors, the rest is JSON: nothing here can run code when it is 
 place and renamed, so a kill or a full disk leaves the last good one.
 """
 
+import argparse
 import csv
 import errno
 import json
@@ -26,6 +27,13 @@ import safetensors.torch
 import torch
 
 from model import UNet, UNetConfig
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with defaults, where there is one to tell."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def save_atomically(save, path):

@@ -25,7 +25,15 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from checkpoint import check_encoders, describe_machine, load_student, pick_device, save_atomically, save_json
+from checkpoint import (
+    HelpFormatter,
+    check_encoders,
+    describe_machine,
+    load_student,
+    pick_device,
+    save_atomically,
+    save_json,
+)
 from data import COLORS, FAMILIES, SHAPES, SIDE, CaptionedFolder, ShapesWorld, family_of, parse_caption, shape_outline
 from encoders import FrozenEncoders
 from sample import draw_pictures, write_folder
@@ -260,9 +268,7 @@ def draw_with_student(folder, device, args):
 
 
 def parse_arguments(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
     p.add_argument(
         "target", metavar="DIR", nargs="?", help="a student, a diffusers SD3 pipeline, or pictures with captions"
     )

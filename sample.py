@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import flow
-from checkpoint import check_encoders, load_student, pick_device, save_atomically
+from checkpoint import HelpFormatter, check_encoders, load_student, pick_device, save_atomically
 from data import rng, to_pictures
 from encoders import FrozenEncoders
 
@@ -86,9 +86,7 @@ def write_folder(folder, pictures, prompts):
 
 
 def parse_arguments(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
     p.add_argument("text", nargs="*", metavar="PROMPT", help="what to draw; several make a grid, one row each")
     p.add_argument("--prompts", metavar="FILE", help="draw every line of this file; --out is then a folder")
     p.add_argument("--model", metavar="DIR", default="assets/zoo/fm", help="a student's folder")

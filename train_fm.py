@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import flow
 from checkpoint import (
+    HelpFormatter,
     Log,
     describe_machine,
     load_state,
@@ -51,9 +52,7 @@ PROMPTS = (  # drawn from the same noise over and over: two of every family that
 
 
 def parse_arguments(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
     # what to train
     p.add_argument("--size", choices=PRESETS, default="tiny", help="the UNet: class scale, or one of the paper's two")
     p.add_argument("--init", metavar="DIR", help="start from this student's weights instead of random ones")

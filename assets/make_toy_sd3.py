@@ -7,6 +7,7 @@ channels), two CLIP text models, and SD3's MMDiT. The result loads with diffuser
 
     python -m assets.make_toy_sd3                       # makes what --out lacks: about three hours on 2 cores
     python -m assets.make_toy_sd3 --only text --force   # one part again
+    python -m assets.make_toy_sd3 --check               # how well the autoencoder restores pictures
 
 The parts are made in this order, since each is frozen when the next one learns:
 
@@ -342,6 +343,15 @@ def make_index(out):
     save_json(index, out / "model_index.json")
 
 
+def check(out, device):
+    """Print how well the saved autoencoder restores 256 validation pictures, and how large everything is."""
+    encoders, world = FrozenEncoders(out, device), ShapesWorld("val", 0, 256)
+    x = to_tensor([world[i][0] for i in range(len(world))]).to(device)
+    error = ((encoders.decode_latents(encoders.encode_pictures(x)) - x) ** 2).mean((1, 2, 3))
+    size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
+    print(f"{out}: {(10 * torch.log10(4 / error)).mean():.2f} dB on 256 validation pictures, {size / 1e6:.1f} MB")
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("--out", type=Path, default=Path("assets/toy-sd3"), help="where to (default: assets/toy-sd3)")
@@ -352,7 +362,11 @@ def main(argv=None):
     p.add_argument(
         "--compile", action="store_true", help="torch.compile the teacher's blocks: a minute, then twice as fast"
     )
+    p.add_argument("--check", action="store_true", help="make nothing; measure the autoencoder that is there")
     args = p.parse_args(argv)
+    if args.check:
+        check(args.out, pick_device(args.device))
+        return
     if args.steps and not args.only:
         p.error("--steps goes with --only")
     if args.force and args.only in (None, "teacher"):
