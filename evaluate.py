@@ -34,9 +34,10 @@ from checkpoint import (
     save_atomically,
     save_json,
 )
-from data import COLORS, FAMILIES, SHAPES, SIDE, CaptionedFolder, ShapesWorld, family_of, parse_caption, shape_outline
+from data import CaptionedFolder
 from encoders import FrozenEncoders
 from sample import draw_pictures, write_folder
+from shapes import COLORS, FAMILIES, SHAPES, SIDE, ShapesWorld, family_of, parse_caption, shape_outline
 
 NOVEL_FAMILIES = ("counting", "colors", "position", "attribution")  # those whose captions name a color and a shape
 

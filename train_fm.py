@@ -39,9 +39,10 @@ from checkpoint import (
     save_state,
     save_student,
 )
-from data import CaptionedFolder, ShapesWorld, encode_dataset, rng, to_pictures
+from data import CaptionedFolder, encode_dataset, rng, to_pictures
 from encoders import FrozenEncoders, pad_text
 from model import PRESETS, UNet
+from shapes import ShapesWorld
 
 BINS = 5  # of t: the loss is logged for each fifth of (0, 1), since the average alone goes flat early and says little
 PROMPTS = (  # drawn from the same noise over and over: two of every family that is not learned at once

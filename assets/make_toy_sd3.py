@@ -45,8 +45,9 @@ from transformers import (
 
 import flow
 from checkpoint import load_state, pick_device, save_json, save_state
-from data import COLORS, SHAPES, SIDE, ShapesWorld, encode_dataset, rng, to_tensor
+from data import encode_dataset, rng, to_tensor
 from encoders import FrozenEncoders
+from shapes import COLORS, SHAPES, SIDE, ShapesWorld
 from train_fm import update_ema
 
 

@@ -10,27 +10,19 @@ import torch
 from PIL import Image
 
 import data
-from data import (
-    FAMILIES,
-    NOVEL_PAIRS,
-    CaptionedFolder,
-    ShapesWorld,
-    draw,
-    encode_dataset,
-    family_of,
-    make_scene,
-    parse_caption,
-)
+import shapes
+from data import CaptionedFolder, encode_dataset
+from shapes import FAMILIES, NOVEL_PAIRS, ShapesWorld, draw, family_of, make_scene, parse_caption
 
 
 def test_an_item_is_always_the_same_picture():
     here = [np.asarray(ShapesWorld("train", 3)[i][0]).sum() for i in (5, 0, 7)]
-    code = "import numpy as np, data; world = data.ShapesWorld('train', 3); "
+    code = "import numpy as np, shapes; world = shapes.ShapesWorld('train', 3); "
     code += "print([int(np.asarray(world[i][0]).sum()) for i in (7, 5, 0)])"
     there = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert [here[2], here[0], here[1]] == there
     assert ShapesWorld("train", 3).caption(5) == ShapesWorld("train", 3)[5][1]
-    different = {ShapesWorld(split, seed)[0][0].tobytes() for split in data.SPLITS for seed in (0, 1)}
+    different = {ShapesWorld(split, seed)[0][0].tobytes() for split in shapes.SPLITS for seed in (0, 1)}
     assert len(different) == 6
 
 
@@ -68,7 +60,7 @@ def test_nothing_touches_and_nothing_is_cut_off():
             assert min(a.x, a.y) - a.radius >= 1.9 and max(a.x, a.y) + a.radius <= 62.1
             for b in things:
                 if a is not b:
-                    assert max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + data.GAP - 1e-9
+                    assert max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + shapes.GAP - 1e-9
 
 
 def test_every_epoch_shows_every_picture_once():

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 import evaluate
-from data import FAMILIES, ShapesWorld, draw, make_scene
 from evaluate import NOVEL_FAMILIES, check_detector, detect, falsify, holds, interval, is_on_side, score
+from shapes import FAMILIES, ShapesWorld, draw, make_scene
 
 
 def test_detector_on_1000_true_and_falsified_captions():

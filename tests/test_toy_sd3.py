@@ -7,8 +7,9 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from assets.make_toy_sd3 import WeightedTextAttention, object_map
-from data import ShapesWorld, make_scene, to_pictures, to_tensor
+from data import to_pictures, to_tensor
 from encoders import FrozenEncoders, pad_text
+from shapes import ShapesWorld, make_scene
 
 TOY = Path(__file__).parent.parent / "assets" / "toy-sd3"
 
