@@ -460,10 +460,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Parameters and MACs of the ladder and presets, beside the paper's.")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     parser.add_argument("--speed", action="store_true", help="time training on this CPU, ladder steps at tiny widths")
+    parser.add_argument("--batch", type=int, default=64, help="pictures a step, for --speed (default: 64)")
     args = parser.parse_args(argv)
     if args.speed:
-        print(f"Training at the widths of --size tiny, batch 64, 8x8 latents, {torch.get_num_threads()} threads, fp32:")
-        speed = training_speed(list(LADDER))
+        print(
+            f"Training at the widths of --size tiny, batch {args.batch}, 8x8 latents, {torch.get_num_threads()} threads, fp32:"
+        )
+        speed = training_speed(list(LADDER), args.batch)
         for step, rate in speed.items():
             params, macs, _ = count(ladder(step, PRESETS["tiny"]), 8, 24)
             print(
