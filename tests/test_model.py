@@ -169,8 +169,14 @@ def test_multi_query_attention_is_the_written_out_loop():
 def test_rms_norm_is_torchs():
     norm = RMSNorm(32)
     torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
-    x = torch.randn(3, 4, 32) * 10
-    assert torch.allclose(norm(x), F.rms_norm(x, (32,), norm.weight, eps=1e-6), atol=1e-5)
+    x, grad = (torch.randn(3, 4, 32) * 10).requires_grad_(), torch.randn(3, 4, 32)
+    ours, theirs = norm(x), F.rms_norm(x, (32,), norm.weight, eps=1e-6)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    wanted = [x, norm.weight]  # the gradient is written by hand too
+    for a, b in zip(*(torch.autograd.grad(y, wanted, grad) for y in (ours, theirs)), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(norm(x), ours, atol=1e-6)
     assert norm(torch.zeros(1, 32)).isfinite().all()
 
 
