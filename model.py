@@ -234,8 +234,10 @@ class Attention(nn.Module):
     def forward(self, x, context=None, mask=None, rope=None):
         context = x if context is None else context
         q = self.norm_q(self.to_q(x).unflatten(-1, (-1, self.head_dim)))  # (B, S, heads, d)
-        k = self.norm_k(self.to_k(context).unflatten(-1, (-1, self.head_dim)))  # (B, T, heads or 1, d)
-        v = self.to_v(context).unflatten(-1, (-1, self.head_dim))
+        # Keys and values in one product (to_k and to_v side by side), since many small ones cost more than a large one.
+        kv = F.linear(context, torch.cat([self.to_k.weight, self.to_v.weight]))
+        k, v = kv.unflatten(-1, (2, -1, self.head_dim)).unbind(2)  # (B, T, heads or 1, d) each
+        k = self.norm_k(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if self.multi_query:
