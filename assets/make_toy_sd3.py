@@ -5,7 +5,7 @@ The course needs a teacher of another architecture, text encoders and an autoenc
 channels), two CLIP text models, and SD3's MMDiT. The result loads with diffusers' own
 `StableDiffusion3Pipeline.from_pretrained("assets/toy-sd3")` and is committed; nobody needs to run this again.
 
-    python -m assets.make_toy_sd3                       # makes what --out lacks: about three hours on 2 cores
+    python -m assets.make_toy_sd3                       # makes what --out lacks: about two hours on 2 cores
     python -m assets.make_toy_sd3 --only text --force   # one part again
     python -m assets.make_toy_sd3 --check               # how well the autoencoder restores pictures
 
@@ -60,6 +60,10 @@ def save_part(network, folder):
     """A diffusers or transformers network in half precision, complete or not at all."""
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     copy.deepcopy(network).half().save_pretrained(beside)
+    # transformers would load half precision as such, diffusers as float32, and the pipeline would mix them: float32 for all.
+    config = json.loads((beside / "config.json").read_text())
+    if "dtype" in config:
+        save_json({**config, "dtype": "float32"}, beside / "config.json")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(beside, folder)
 
