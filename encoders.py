@@ -20,50 +20,46 @@ transformers.utils.logging.disable_progress_bar()  # one bar per network says no
 PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
-class FrozenEncoders:
-    """Autoencoder and CLIP text encoders of an SD3 folder, in eval mode and without gradients.
+class FrozenAutoencoder:
+    """The autoencoder of an SD3 folder (or a folder that is one), in eval mode and without gradients.
 
     Args:
-        folder: an SD3 folder in diffusers' layout.
+        folder: an SD3 folder in diffusers' layout, or its vae/ alone.
         device: where to run.
-        dtype: precision of the networks; latents and states come back in float32.
+        dtype: precision of the network; latents and pictures come back in float32.
 
     Raises:
-        SystemExit: with one sentence, when the folder or one of its parts is missing or cannot be read.
+        SystemExit: with one sentence, when there is no autoencoder or it cannot be read.
     """
 
+    parts = ("vae",)
+
     def __init__(self, folder="assets/toy-sd3", device="cpu", dtype=torch.float32):
-        folder = Path(folder)
-        missing = [part for part in PARTS if not (folder / part).is_dir()]
-        if missing:
+        self.folder, self.device, self.dtype = Path(folder), torch.device(device), dtype
+        self.vae_folder = self.folder / "vae" if (self.folder / "vae").is_dir() else self.folder
+        if not (self.vae_folder / "config.json").is_file():
             raise SystemExit(
-                f"{folder} is not a Stable Diffusion 3 folder: it lacks {', '.join(missing)}. "
-                "Give --teacher assets/toy-sd3 or a folder of stable-diffusion-3.5-large in diffusers' layout."
+                f"{folder} holds no autoencoder: give assets/toy-sd3, a folder of stable-diffusion-3.5-large in "
+                "diffusers' layout, or its vae/."
             )
         try:
-            self.vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=dtype)
-            self.tokenizers = [CLIPTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2")]
-            self.text_encoders = [
-                CLIPTextModelWithProjection.from_pretrained(folder / name, dtype=dtype)
-                for name in ("text_encoder", "text_encoder_2")
-            ]
+            self.vae = AutoencoderKL.from_pretrained(self.vae_folder, dtype=dtype)
         except Exception as error:  # each library has its own for a damaged file
-            raise SystemExit(f"cannot read the encoders in {folder}: {error}") from error
-        for network in (self.vae, *self.text_encoders):
-            network.requires_grad_(False).eval().to(device)
-        self.folder, self.device, self.dtype = folder, torch.device(device), dtype
-        self.shift_factor, self.scaling_factor = self.vae.config.shift_factor, self.vae.config.scaling_factor
+            raise SystemExit(f"cannot read the autoencoder in {self.vae_folder}: {error}") from error
+        self.vae.requires_grad_(False).eval().to(device)
+        self.shift_factor = self.vae.config.shift_factor or 0.0  # SDXL's has none
+        self.scaling_factor = self.vae.config.scaling_factor
         self.latent_channels = self.vae.config.latent_channels
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # f = 8: pixels per latent cell and side
-        self.max_tokens = self.tokenizers[0].model_max_length
-        self.text_dim = sum(encoder.config.hidden_size for encoder in self.text_encoders)
 
     def fingerprint(self, *parts):
         """A hash of the name, size and first megabyte of every file of these parts (none given: of all parts)."""
-        parts, digest = parts or PARTS, hashlib.sha256()
-        for path in sorted(p for part in parts for p in (self.folder / part).rglob("*") if p.is_file()):
+        digest = hashlib.sha256()
+        folders = [self.vae_folder if part == "vae" else self.folder / part for part in parts or self.parts]
+        for path in sorted(p for folder in folders for p in folder.rglob("*") if p.is_file()):
             with open(path, "rb") as file:
-                digest.update(f"{path.relative_to(self.folder)} {path.stat().st_size}".encode() + file.read(1 << 20))
+                name = path.relative_to(path.parents[1])
+                digest.update(f"{name} {path.stat().st_size}".encode() + file.read(1 << 20))
         return digest.hexdigest()[:16]
 
     @torch.no_grad()
@@ -80,6 +76,43 @@ class FrozenEncoders:
         """Model latents (B, 16, h, w) -> pictures (B, 3, 8h, 8w) in [-1, 1]."""
         z = latents.to(self.device).float() / self.scaling_factor + self.shift_factor
         return self.vae.decode(z.to(self.dtype)).sample.float().clamp(-1, 1)
+
+
+class FrozenEncoders(FrozenAutoencoder):
+    """Autoencoder and CLIP text encoders of an SD3 folder, in eval mode and without gradients.
+
+    Args:
+        folder: an SD3 folder in diffusers' layout.
+        device: where to run.
+        dtype: precision of the networks; latents and states come back in float32.
+
+    Raises:
+        SystemExit: with one sentence, when the folder or one of its parts is missing or cannot be read.
+    """
+
+    parts = PARTS
+
+    def __init__(self, folder="assets/toy-sd3", device="cpu", dtype=torch.float32):
+        folder = Path(folder)
+        missing = [part for part in PARTS if not (folder / part).is_dir()]
+        if missing:
+            raise SystemExit(
+                f"{folder} is not a Stable Diffusion 3 folder: it lacks {', '.join(missing)}. "
+                "Give --teacher assets/toy-sd3 or a folder of stable-diffusion-3.5-large in diffusers' layout."
+            )
+        super().__init__(folder, device, dtype)
+        try:
+            self.tokenizers = [CLIPTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2")]
+            self.text_encoders = [
+                CLIPTextModelWithProjection.from_pretrained(folder / name, dtype=dtype)
+                for name in ("text_encoder", "text_encoder_2")
+            ]
+        except Exception as error:
+            raise SystemExit(f"cannot read the text encoders in {folder}: {error}") from error
+        for network in self.text_encoders:
+            network.requires_grad_(False).eval().to(device)
+        self.max_tokens = self.tokenizers[0].model_max_length
+        self.text_dim = sum(encoder.config.hidden_size for encoder in self.text_encoders)
 
     @torch.no_grad()
     def encode_text(self, captions):
