@@ -90,27 +90,37 @@ def describe_machine(device):
     return {"device": name, "python": platform.python_version(), "torch": torch.__version__, "commit": git or "unknown"}
 
 
-def save_student(folder, model, config, half=False):
-    """Write model.safetensors and config.json. `config` is a dict; the UNet's shape is added under "unet"."""
+def save_network(folder, model, config, half=False, kind="unet"):
+    """Write model.safetensors and config.json. `config` is a dict; the network's shape, model.cfg, is added as `kind`."""
     weights = {name: w.detach().cpu().contiguous() for name, w in model.state_dict().items()}
     if half:
         weights = {name: w.half() for name, w in weights.items()}
     save_atomically(lambda p: safetensors.torch.save_file(weights, p), Path(folder) / "model.safetensors")
-    save_json({**config, "unet": asdict(model.cfg)}, Path(folder) / "config.json")
+    save_json({**config, kind: asdict(model.cfg)}, Path(folder) / "config.json")
 
 
 def load_student(folder, device="cpu"):
     """A student folder -> (UNet in eval mode, float32; its config). Raises SystemExit with one sentence if it cannot."""
+
+    def build(config):
+        config["sampling"]["steps"], config["latent_size"], config["encoders"]  # what sampling needs must be there
+        return UNet(UNetConfig(**config["unet"]))
+
+    return load_network(folder, build, "student", "Train one with train_fm.py, or use assets/zoo/fm", device)
+
+
+def load_network(folder, build, what, advice, device="cpu"):
+    """A folder with config.json and model.safetensors -> (network in eval mode, its config).
+
+    build(config) makes the network; `what` and `advice` fill the one sentence of the SystemExit that a bad folder raises.
+    """
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise SystemExit(
-                f"{folder} is not a student: it has no {name}. Train one with train_fm.py, or use assets/zoo/fm."
-            )
+            raise SystemExit(f"{folder} is not a {what}: it has no {name}. {advice}.")
     try:
         config = json.loads((folder / "config.json").read_text())
-        config["sampling"]["steps"], config["latent_size"], config["encoders"]  # what sampling needs must be there
-        model = UNet(UNetConfig(**config["unet"]))
+        model = build(config)
         weights = safetensors.torch.load_file(folder / "model.safetensors")
     except (
         OSError,
@@ -121,17 +131,17 @@ def load_student(folder, device="cpu"):
         ValueError,
         safetensors.SafetensorError,
     ) as error:
-        raise SystemExit(f"{folder} cannot be read as a student ({error!r}); copy or train it again.") from error
+        raise SystemExit(f"{folder} cannot be read as a {what} ({error!r}); copy or train it again.") from error
     load_weights(model, weights, folder)
     return model.to(device).eval(), config
 
 
 def check_encoders(config, encoders):
-    """A student lives in the latent space it was trained in. Raises SystemExit when the encoders' is another."""
+    """Students and decoders live in the latent space they were trained in. Raises SystemExit when the encoders' is another."""
     theirs = (encoders.scaling_factor, encoders.shift_factor)
     if (config["scaling_factor"], config["shift_factor"]) != theirs:
         raise SystemExit(
-            f"this student was trained with latents scaled by {config['scaling_factor']} and shifted by "
+            f"this model was trained with latents scaled by {config['scaling_factor']} and shifted by "
             f"{config['shift_factor']}; the autoencoder in {encoders.folder} has {theirs}. Give its own --teacher."
         )
 
@@ -151,17 +161,25 @@ def load_weights(model, weights, source):
     model.load_state_dict({name: w.to(own[name].dtype) for name, w in weights.items()})
 
 
-def save_state(folder, step, settings, optimizer, **models):
-    """Everything that training needs to go on as if it had never stopped, in one file: train_state/state.safetensors."""
+def save_state(folder, step, settings, optimizers, **models):
+    """Everything that training needs to go on as if it had never stopped, in one file: train_state/state.safetensors.
+
+    `optimizers` is one, or a list of them; every network is given by name.
+    """
     tensors = {f"{key}.{n}": w.detach().contiguous() for key, m in models.items() for n, w in m.state_dict().items()}
-    for index, values in optimizer.state_dict()["state"].items():
-        tensors.update({f"optimizer.{index}.{name}": value.contiguous() for name, value in values.items()})
+    for k, optimizer in enumerate(_list(optimizers)):
+        for index, values in optimizer.state_dict()["state"].items():
+            tensors.update({f"optimizer.{k}.{index}.{name}": value.contiguous() for name, value in values.items()})
     metadata = {"step": str(step), "settings": json.dumps(settings)}
     path = Path(folder) / "train_state" / "state.safetensors"
     save_atomically(lambda p: safetensors.torch.save_file(tensors, p, metadata), path)
 
 
-def load_state(folder, settings, optimizer, **models):
+def _list(one_or_more):
+    return one_or_more if isinstance(one_or_more, list) else [one_or_more]
+
+
+def load_state(folder, settings, optimizers, **models):
     """The inverse of save_state: returns the step to go on with, 0 if the folder holds no run yet.
 
     Raises SystemExit when the run was made with other settings (another size, batch, seed, ...), since going on would
@@ -184,12 +202,13 @@ def load_state(folder, settings, optimizer, **models):
         )
     for key, model in models.items():
         load_weights(model, {n.removeprefix(f"{key}."): w for n, w in tensors.items() if n.startswith(f"{key}.")}, path)
-    state = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, field = name.split(".")
-            state.setdefault(int(index), {})[field] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for k, optimizer in enumerate(_list(optimizers)):
+        state = {}
+        for name, value in tensors.items():
+            if name.startswith(f"optimizer.{k}."):
+                index, field = name.split(".")[2:]
+                state.setdefault(int(index), {})[field] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return step
 
 

@@ -36,8 +36,8 @@ from checkpoint import (
     load_weights,
     pick_device,
     save_atomically,
+    save_network,
     save_state,
-    save_student,
 )
 from data import CaptionedFolder, encode_dataset, rng, to_pictures
 from encoders import FrozenEncoders, pad_text
@@ -107,6 +107,34 @@ def noisy_batch(data, seed, step, batch, shift, caption_dropout):
     return flow.interpolate(x0, eps, t), t, flow.velocity(x0, eps), caption_ids
 
 
+def predict(net, cfg, source, x_t, t, ids, device):
+    """The velocity that a UNet of config `cfg` sees in x_t (B, 16, h, w) at t, with captions ids (B,) of `source`."""
+    states = pad_text(source.states[ids].float(), cfg.text_dim)  # (B, T, text_dim)
+    return net(x_t.to(device), t.to(device), states.to(device), source.mask[ids].to(device))
+
+
+@torch.no_grad()
+def validate(model, val, shift, device):
+    """Mean squared error of a UNet on fixed pictures, noise and times."""
+    losses, size = [], min(64, len(val))
+    for i in range(min(4, math.ceil(len(val) / 64))):
+        x_t, t, v, ids = noisy_batch(val, 1, i, size, shift, caption_dropout=0.0)
+        losses.append(F.mse_loss(predict(model, model.cfg, val, x_t, t, ids, device).float().cpu(), v).item())
+    return sum(losses) / len(losses)
+
+
+def draw_samples(out, step, model, encoders, prompts, shape, sampling, seed):
+    """One row of pictures: the same prompts and the same noise every time. samples/progress.png stacks the rows."""
+    noise = torch.randn(len(prompts), *shape, generator=rng(seed)).to(encoders.device)
+    text, empty = (encoders.student_text(c, model.cfg.text_dim) for c in (prompts, [""] * len(prompts)))
+    steps = min(16, sampling["steps"])
+    latents = flow.euler_sample(model, noise, text, empty, steps, sampling["guidance"], sampling["shift"])
+    row = to_pictures(encoders.decode_latents(latents))
+    save_atomically(stack([row]).save, out / "samples" / f"{step:07d}.png")
+    rows = [Image.open(p) for p in sorted((out / "samples").glob("[0-9]*.png")) if int(p.stem) <= step]
+    save_atomically(stack([[r] for r in rows]).save, out / "samples" / "progress.png")
+
+
 @torch.no_grad()
 def update_ema(ema, model, step, longest=0.999):
     """ema <- d ema + (1 - d) model, with a short memory at first, when the weights still run."""
@@ -139,7 +167,6 @@ def main(argv=None):
         )
     model = UNet(unet_config).to(device, memory_format=torch.channels_last)  # depthwise convolutions like it
     prompts = PROMPTS if not args.data else [pictures.caption(i * len(pictures) // 8) for i in range(8)]
-    text, empty = (encoders.student_text(c, unet_config.text_dim) for c in (prompts, [""] * len(prompts)))
     if args.init:
         load_weights(model, load_student(args.init)[0].state_dict(), args.init)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
@@ -159,28 +186,6 @@ def main(argv=None):
     print(f"{args.size}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(data)} pictures, "
           f"{config['machine']}, seed {args.seed}, steps {start_step} to {args.steps}")  # fmt: skip
 
-    def predict(net, source, x_t, t, ids):
-        states = pad_text(source.states[ids].float(), unet_config.text_dim)  # (B, T, text_dim)
-        return net(x_t.to(device), t.to(device), states.to(device), source.mask[ids].to(device))
-
-    @torch.no_grad()
-    def validate():
-        """Mean squared error of the EMA on fixed pictures, noise and times."""
-        losses, size = [], min(64, len(val))
-        for i in range(min(4, math.ceil(len(val) / 64))):
-            x_t, t, v, ids = noisy_batch(val, 1, i, size, shift, caption_dropout=0.0)
-            losses.append(F.mse_loss(predict(ema, val, x_t, t, ids).float().cpu(), v).item())
-        return sum(losses) / len(losses)
-
-    def draw_samples(step):
-        """One row of pictures: the same prompts and the same noise every time. samples/progress.png stacks the rows."""
-        noise = torch.randn(len(prompts), *data.latents.shape[1:], generator=rng(args.seed)).to(device)
-        latents = flow.euler_sample(ema, noise, text, empty, 16, 3.0, shift)
-        row = to_pictures(encoders.decode_latents(latents))
-        save_atomically(stack([row]).save, out / "samples" / f"{step:07d}.png")
-        rows = [Image.open(p) for p in sorted((out / "samples").glob("[0-9]*.png")) if int(p.stem) <= step]
-        save_atomically(stack([[r] for r in rows]).save, out / "samples" / "progress.png")
-
     # the loop
     bar = tqdm(range(start_step, args.steps), initial=start_step, total=args.steps, desc="stage 1", mininterval=1)
     bins, start = torch.zeros(2, BINS), time.time()  # sums of losses, and counts
@@ -190,7 +195,7 @@ def main(argv=None):
 
         x_t, t, v, ids = noisy_batch(data, args.seed, step, args.batch, shift, caption_dropout)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            predicted = predict(forward, data, x_t, t, ids)
+            predicted = predict(forward, model.cfg, data, x_t, t, ids, device)
         losses = (predicted.float() - v.to(device)).square().mean((1, 2, 3))  # (B,)   || v_theta(x_t, t, c) - v ||^2
         losses.mean().backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -208,7 +213,7 @@ def main(argv=None):
             mean = (bins[0].sum() / bins[1].sum()).item()
             per_bin = {f"loss_t{i / BINS:.1f}": (bins[0, i] / bins[1, i]).item() for i in range(BINS)}
             bins.zero_()
-            val_loss = validate() if save else float("nan")
+            val_loss = validate(ema, val, shift, device) if save else float("nan")
             if save and not math.isfinite(val_loss + mean):
                 stop_on_nan(step, out, args.lr)
             log.add(step=step + 1, pictures=(step + 1) * args.batch, loss=mean, **per_bin, val_loss=val_loss,
@@ -216,9 +221,9 @@ def main(argv=None):
                     pictures_per_second=(step + 1 - start_step) * args.batch / (time.time() - start))  # fmt: skip
             bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
         if save:  # the state last: whatever a kill leaves undone before it is done again by --resume
-            draw_samples(step + 1)
+            draw_samples(out, step + 1, ema, encoders, prompts, data.latents.shape[1:], config["sampling"], args.seed)
             plot(log, out / "loss.png")
-            save_student(out, ema, {**config, "step": step + 1, "pictures_seen": (step + 1) * args.batch})
+            save_network(out, ema, {**config, "step": step + 1, "pictures_seen": (step + 1) * args.batch})
             save_state(out, step + 1, settings, optimizer, model=model, ema=ema)
     print(f"{out}: model.safetensors, config.json, log.csv, loss.png, samples/progress.png")
 
