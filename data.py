@@ -72,16 +72,21 @@ def _read_text(path):
         raise SystemExit(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from error
 
 
-def list_captions(folder):
+def list_captions(folder, captioned=True):
     """[(picture path, caption)] of a folder: `metadata.jsonl` (file_name, text) if it has one, else x.png + x.txt.
 
+    captioned=False takes every picture, and leaves out the captions: a decoder needs none.
     Raises SystemExit with one sentence when the folder does not exist or holds no captioned picture.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise SystemExit(f"no such folder: {folder}. Give --data a folder of pictures with captions.")
     pairs, metadata = [], folder / "metadata.jsonl"
-    if metadata.is_file():
+    if not captioned:
+        pairs = [(path, "") for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_ENDINGS]
+        if not pairs:
+            raise SystemExit(f"no pictures in {folder}: it needs files that end in {', '.join(PICTURE_ENDINGS)}.")
+    elif metadata.is_file():
         for number, line in enumerate(_read_text(metadata).splitlines(), 1):
             if not line.strip():
                 continue
@@ -111,9 +116,9 @@ class CaptionedFolder:
     Raises SystemExit when the folder, its captions, or every one of its pictures cannot be read.
     """
 
-    def __init__(self, folder, size=SIDE):
+    def __init__(self, folder, size=SIDE, captioned=True):
         self.size = size
-        pairs, self.pairs, self.skipped = list_captions(folder), [], []
+        pairs, self.pairs, self.skipped = list_captions(folder, captioned), [], []
         for path, caption in tqdm(pairs, desc="checking pictures", disable=len(pairs) < 500):
             try:
                 open_picture(path)
@@ -164,6 +169,21 @@ def to_pictures(x):
     """(B, 3, H, W) in [-1, 1] -> a list of B RGB pictures (PIL)."""
     x = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
     return [Image.fromarray(picture) for picture in x]
+
+
+def captioned_grid(rows, captions, scale=1):
+    """A picture of rows of equally large pictures, each row under its caption."""
+    font = ImageFont.load_default(13)
+    width, height = (side * scale for side in rows[0][0].size)
+    text_width = max(int(font.getlength(caption)) for caption in captions)
+    grid = Image.new("RGB", (max(text_width, len(rows[0]) * (width + 4)) + 12, len(rows) * (height + 26) + 6), "white")
+    pen = ImageDraw.Draw(grid)
+    for r, (row, caption) in enumerate(zip(rows, captions, strict=True)):
+        top = r * (height + 26) + 4
+        pen.text((6, top), caption, fill="black", font=font)
+        for c, picture in enumerate(row):
+            grid.paste(picture.resize((width, height), Image.Resampling.BICUBIC), (6 + c * (width + 4), top + 20))
+    return grid
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from checkpoint import (
 )
 from data import CaptionedFolder
 from encoders import FrozenEncoders
-from sample import draw_pictures, write_folder
+from sample import draw_pictures, pick_decoder, write_folder
 from shapes import COLORS, FAMILIES, SHAPES, SIDE, ShapesWorld, family_of, parse_caption, shape_outline
 
 NOVEL_FAMILIES = ("counting", "colors", "position", "attribution")  # those whose captions name a color and a shape
@@ -256,6 +256,7 @@ def draw_with_student(folder, device, args):
     model, config = load_student(folder, device)
     encoders = FrozenEncoders(args.teacher or config["encoders"], device)
     check_encoders(config, encoders)
+    decoder = pick_decoder(args.decoder, encoders)
     return lambda prompts, seed: draw_pictures(
         model,
         config,
@@ -265,6 +266,7 @@ def draw_with_student(folder, device, args):
         args.steps,
         args.guidance,
         args.shift,
+        decoder=decoder,
     )
 
 
@@ -283,6 +285,7 @@ def parse_arguments(argv=None):
     p.add_argument(
         "--teacher", metavar="DIR", help="SD3 folder with the encoders, if not the one in the student's config"
     )
+    p.add_argument("--decoder", metavar="DIR", help="tiny decoder for a student's latents; default: the teacher's own")
     p.add_argument("--seed", type=int, default=0, help="of the prompts and the noise")
     p.add_argument("--out", metavar="DIR", help="keep the pictures with their captions, table.txt and report.json here")
     p.add_argument("--device", help="cuda, mps or cpu; chosen by itself if not given")

@@ -14,23 +14,34 @@ import warnings
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
 
 import flow
 from checkpoint import HelpFormatter, check_encoders, load_student, pick_device, save_atomically
-from data import rng, to_pictures
+from data import captioned_grid, rng, to_pictures
+from decoder import load_decoder
 from encoders import FrozenEncoders
 
 
 @torch.no_grad()
 def draw_pictures(
-    model, config, encoders, prompts, seeds, steps=None, guidance=None, shift=None, batch=64, callback=None
+    model,
+    config,
+    encoders,
+    prompts,
+    seeds,
+    steps=None,
+    guidance=None,
+    shift=None,
+    batch=64,
+    callback=None,
+    decoder=None,
 ):
     """One picture (PIL) per prompt. `seeds` holds one integer a prompt: a picture depends on its prompt and seed alone.
 
-    steps, guidance and shift default to what the student's config says it was made for. `callback` is passed on to
-    flow.euler_sample.
+    steps, guidance and shift default to what the student's config says it was made for; `decoder` (anything with
+    decode_latents, such as decoder.TinyDecoder) to the encoders' own. `callback` is passed on to flow.euler_sample.
     """
     habits = config["sampling"]
     steps = habits["steps"] if steps is None else steps
@@ -46,23 +57,17 @@ def draw_pictures(
         )
         text, empty = (encoders.student_text(captions, width) for captions in (some, [""] * len(some)))
         latents = flow.euler_sample(model, noise, text, empty, steps, guidance, shift, callback)
-        pictures += to_pictures(encoders.decode_latents(latents))
+        pictures += to_pictures((decoder or encoders).decode_latents(latents))
     return pictures
 
 
-def captioned_grid(rows, captions, scale=1):
-    """A picture of rows of equally large pictures, each row under its caption."""
-    font = ImageFont.load_default(13)
-    width, height = (side * scale for side in rows[0][0].size)
-    text_width = max(int(font.getlength(caption)) for caption in captions)
-    grid = Image.new("RGB", (max(text_width, len(rows[0]) * (width + 4)) + 12, len(rows) * (height + 26) + 6), "white")
-    pen = ImageDraw.Draw(grid)
-    for r, (row, caption) in enumerate(zip(rows, captions, strict=True)):
-        top = r * (height + 26) + 4
-        pen.text((6, top), caption, fill="black", font=font)
-        for c, picture in enumerate(row):
-            grid.paste(picture.resize((width, height), Image.Resampling.BICUBIC), (6 + c * (width + 4), top + 20))
-    return grid
+def pick_decoder(folder, encoders):
+    """The tiny decoder in `folder`, on the encoders' device; without one the encoders, whose decoder is the teacher's."""
+    if folder is None:
+        return encoders
+    decoder, config = load_decoder(folder, encoders.device)
+    check_encoders(config, encoders)
+    return decoder
 
 
 def read_prompts(path):
@@ -92,6 +97,9 @@ def parse_arguments(argv=None):
     p.add_argument("--model", metavar="DIR", default="assets/zoo/fm", help="a student's folder")
     p.add_argument(
         "--teacher", metavar="DIR", help="SD3 folder with the encoders, if not the one named in the student's config"
+    )
+    p.add_argument(
+        "--decoder", metavar="DIR", help="tiny decoder, such as assets/zoo/decoder; default: the teacher's own"
     )
     p.add_argument("--n", type=int, default=1, help="pictures per prompt, from seeds seed, seed + 1, ...")
     p.add_argument("--steps", type=int, help="Euler steps; default: what the student was made for")
@@ -129,6 +137,7 @@ def main(argv=None):
     model, config = load_student(args.model, device)
     encoders = FrozenEncoders(args.teacher or config["encoders"], device)
     check_encoders(config, encoders)
+    decoder = pick_decoder(args.decoder, encoders)
     if args.resolution:
         step = encoders.factor * 2 ** (len(model.cfg.channels) - 1)
         if args.resolution < step or args.resolution % step:
@@ -142,7 +151,16 @@ def main(argv=None):
     if args.prompts:  # a file's lines are different drawings, not one drawing in different words
         seeds = [args.seed + i for i in range(len(everything))]
     pictures = draw_pictures(
-        model, config, encoders, everything, seeds, args.steps, args.guidance, args.shift, callback=remember
+        model,
+        config,
+        encoders,
+        everything,
+        seeds,
+        args.steps,
+        args.guidance,
+        args.shift,
+        callback=remember,
+        decoder=decoder,
     )
 
     if args.prompts:
@@ -154,8 +172,8 @@ def main(argv=None):
         save_atomically(captioned_grid(rows, prompts, scale=2).save, args.out)
     if args.trajectory:
         steps_seen = steps_seen[: len(steps_seen) // -(-len(everything) // 64)]  # the first batch only
-        noisy = to_pictures(encoders.decode_latents(torch.cat([x for _, x, _ in steps_seen])))
-        clean = to_pictures(encoders.decode_latents(torch.cat([x0 for _, _, x0 in steps_seen])))
+        noisy = to_pictures(decoder.decode_latents(torch.cat([x for _, x, _ in steps_seen])))
+        clean = to_pictures(decoder.decode_latents(torch.cat([x0 for _, _, x0 in steps_seen])))
         if args.trajectory.lower().endswith(".gif"):
             frames = [
                 captioned_grid([[a, b]], [f"t = {t:.2f}"], 3)
