@@ -236,7 +236,7 @@ def rng(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
 
 
-def _cached(path, compute):
+def cached(path, compute):
     """The tensors and captions in a safetensors file, or what `compute()` returns, saved there for the next run."""
     if path.is_file():
         try:
@@ -279,9 +279,9 @@ def encode_dataset(dataset, encoders, cache="runs/cache", batch=None):
         return {"states": states.half(), "mask": mask, "pooled": pooled.half()}, captions
 
     name = key(dataset.name, encoders.fingerprint("vae"))
-    pictures, captions = _cached(Path(cache) / f"latents-{name}.safetensors", encode_pictures)
+    pictures, captions = cached(Path(cache) / f"latents-{name}.safetensors", encode_pictures)
     name = key(*captions, encoders.fingerprint("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    text, _ = _cached(Path(cache) / f"text-{name}.safetensors", encode_captions)
+    text, _ = cached(Path(cache) / f"text-{name}.safetensors", encode_captions)
     return Latents(captions=captions, **pictures, **text)
 
 

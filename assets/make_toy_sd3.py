@@ -48,6 +48,7 @@ from checkpoint import load_state, pick_device, save_json, save_state
 from data import encode_dataset, rng, to_tensor
 from encoders import FrozenEncoders
 from shapes import COLORS, SHAPES, SIDE, ShapesWorld
+from teacher import T5_TOKENS, WeightedTextAttention
 from train_fm import update_ema
 
 
@@ -207,38 +208,6 @@ def make_text_encoders(out, device, steps=700, batch=256, lr=1e-3, seed=1):
         save_part(tower.cpu(), out / name)
 
 
-class WeightedTextAttention:
-    """diffusers' joint attention, with the last text token counted `n` times.
-
-    Without T5 the pipeline appends n = 256 zero tokens to the text. SD3's transformer gives text tokens no position, so
-    the 256 stay equal in every layer: one of them with log(n) added to its attention logit is the same sum, exactly,
-    and the training sees 25 text tokens, not 280.
-    """
-
-    def __init__(self, n):
-        self.bias = math.log(n)
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, **kwargs):
-        def heads(x):  # (B, S, H * d) -> (B, H, S, d)
-            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-
-        def join(x, context):
-            return torch.cat([heads(x), heads(context)], dim=2)
-
-        picture, text = hidden_states, encoder_hidden_states
-        q = join(attn.to_q(picture), attn.add_q_proj(text))
-        k = join(attn.to_k(picture), attn.add_k_proj(text))
-        v = join(attn.to_v(picture), attn.add_v_proj(text))
-        bias = q.new_zeros(1, 1, 1, k.shape[2])
-        bias[..., -1] = self.bias
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(1, 1, q.shape[2], -1))
-        out = out.transpose(1, 2).flatten(2)
-        picture, text = out[:, : picture.shape[1]], out[:, picture.shape[1] :]
-        if not attn.context_pre_only:
-            text = attn.to_add_out(text)
-        return attn.to_out[0](picture), text
-
-
 def object_map(scene, cells=4):
     """What is where: (cells * cells, 24) shares, one class per color and shape, of each cell that the objects' boxes cover."""
     target, side = torch.zeros(cells, cells, len(COLORS) * len(SHAPES)), SIDE / cells
@@ -278,7 +247,7 @@ def make_teacher(out, device, steps=16_000, batch=64, lr=1e-3, pictures=60_000, 
         if "norm1" in name or "norm_out" in name or name.startswith("proj_out"):
             nn.init.zeros_(parameter)
     ema = copy.deepcopy(model).requires_grad_(False)
-    model.set_attn_processor(WeightedTextAttention(256))
+    model.set_attn_processor(WeightedTextAttention(T5_TOKENS))
     readout, seen = nn.Linear(128, len(COLORS) * len(SHAPES)).to(device), []
     model.transformer_blocks[3].register_forward_hook(lambda block, inputs, output: seen.append(output[1]))
     # Muon for the matrices of the blocks: on this network it needs about half of AdamW's steps. AdamW for everything else.

@@ -6,10 +6,11 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from assets.make_toy_sd3 import WeightedTextAttention, object_map
+from assets.make_toy_sd3 import object_map
 from data import to_pictures, to_tensor
 from encoders import FrozenEncoders, pad_text
 from shapes import ShapesWorld, make_scene
+from teacher import WeightedTextAttention
 
 TOY = Path(__file__).parent.parent / "assets" / "toy-sd3"
 

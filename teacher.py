@@ -1,0 +1,164 @@
+"""The frozen teacher: the transformer (MMDiT) of a Stable Diffusion 3 folder, its text, and its inner features.
+
+Stage 2 learns from its velocity and its last block, stage 3 judges pictures by several of its blocks. `assets/toy-sd3` and a
+folder of stable-diffusion-3.5-large are read by the same lines. Its conventions, beside ours:
+
+    time    diffusers counts the t of flow.py from 0 to 1000
+    text    both CLIPs' token states side by side, padded with zeros to T5's width, then 256 tokens of T5; the pooled states
+            go in with the time. Without a T5 (or with a silent one, as in toy-sd3) the 256 tokens are zeros
+    path    the same straight line and the same velocity eps - x_0, in the same latent space: nothing to convert
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import SD3Transformer2DModel
+from transformers import AutoTokenizer, T5EncoderModel
+
+import flow
+from data import cached
+
+T5_TOKENS = 256  # diffusers' max_sequence_length
+
+
+class WeightedTextAttention:
+    """diffusers' joint attention of SD3 and SD3.5, with the last text token counted `n` times.
+
+    Without T5 the pipeline appends n = 256 zero tokens to the text. SD3's transformer gives text tokens no position, so
+    the 256 stay equal in every layer: one of them with log(n) added to its attention logit is the same sum, exactly,
+    and at class scale the teacher sees 25 text tokens, not 280.
+    """
+
+    def __init__(self, n):
+        self.bias = math.log(n)
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+        def heads(x, norm):  # (B, S, H * d) -> (B, H, S, d)
+            x = x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            return x if norm is None else norm(x)
+
+        picture, text = hidden_states, encoder_hidden_states
+        q, k, v = (
+            heads(attn.to_q(picture), attn.norm_q),
+            heads(attn.to_k(picture), attn.norm_k),
+            heads(attn.to_v(picture), None),
+        )
+        bias = None
+        if text is not None:
+            q = torch.cat([q, heads(attn.add_q_proj(text), attn.norm_added_q)], dim=2)
+            k = torch.cat([k, heads(attn.add_k_proj(text), attn.norm_added_k)], dim=2)
+            v = torch.cat([v, heads(attn.add_v_proj(text), None)], dim=2)
+            bias = q.new_zeros(1, 1, 1, k.shape[2])
+            bias[..., -1] = self.bias
+            bias = bias.expand(1, 1, q.shape[2], -1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+        if text is None:  # the second attention of SD3.5-Medium, among the picture's tokens alone
+            return attn.to_out[0](out)
+        picture, text = out[:, : picture.shape[1]], out[:, picture.shape[1] :]
+        if not attn.context_pre_only:
+            text = attn.to_add_out(text)
+        return attn.to_out[0](picture), text
+
+
+@torch.no_grad()
+def t5_states(folder, captions, device="cpu", dtype=torch.float32, batch=64):
+    """(K, 256, D) float16: T5's states of the captions, or None when the folder has no T5 or its T5 says nothing."""
+    if not (folder / "text_encoder_3").is_dir():
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer_3")
+    encoder = T5EncoderModel.from_pretrained(folder / "text_encoder_3", dtype=dtype).to(device).eval()
+    states = []
+    for start in range(0, len(captions), batch):
+        some = captions[start : start + batch]
+        ids = tokenizer(
+            some, padding="max_length", max_length=T5_TOKENS, truncation=True, return_tensors="pt"
+        ).input_ids
+        states.append(encoder(ids.to(device))[0].half().cpu())
+        if start == 0 and not states[0].any():
+            return None  # zeros for every caption
+    return torch.cat(states)
+
+
+class Teacher:
+    """The transformer of an SD3 folder, in eval mode and without gradients of its own (they flow through it to its input).
+
+    Args:
+        folder: an SD3 folder in diffusers' layout.
+        data: the data.Latents whose captions it will be asked about; their T5 states are computed once and cached.
+        device, dtype: where and in which precision it runs; velocities and features come back in float32.
+        layers: indices of the joint blocks whose picture tokens are returned as features; -1 is the last.
+
+    Raises:
+        SystemExit: with one sentence, when the folder has no transformer, it cannot be read, or has no such layer.
+    """
+
+    def __init__(self, folder, data, device="cpu", dtype=torch.float32, layers=(-1,), cache="runs/cache"):
+        folder = Path(folder)
+        if not (folder / "transformer").is_dir():
+            raise SystemExit(
+                f"{folder} has no transformer/ to learn from: give --teacher assets/toy-sd3 or a folder of "
+                "stable-diffusion-3.5-large in diffusers' layout."
+            )
+        try:
+            self.net = SD3Transformer2DModel.from_pretrained(folder / "transformer", torch_dtype=dtype)
+        except Exception as error:  # diffusers has many for a damaged file
+            raise SystemExit(f"cannot read the transformer in {folder}: {error}") from error
+        self.net.requires_grad_(False).eval().to(device)
+        self.device, self.dtype, self.layers, self.seen = torch.device(device), dtype, layers, {}
+        blocks = self.net.transformer_blocks
+        for layer in layers:
+            if not -len(blocks) <= layer < len(blocks):
+                raise SystemExit(f"the teacher has {len(blocks)} blocks; there is no layer {layer}.")
+            blocks[layer].register_forward_hook(lambda block, i, out, layer=layer: self.seen.update({layer: out[1]}))
+        self.feature_dim = self.net.inner_dim
+
+        # text: (K, T, D) and (K, P), a row for each caption of the data
+        t5 = self._cached_t5(folder, data.captions, cache)
+        width = self.net.config.joint_attention_dim
+        clip = F.pad(data.states, (0, width - data.states.shape[-1]))
+        if t5 is None:  # one zero token that counts 256 times
+            t5 = clip.new_zeros(len(clip), 1, width)
+            self.net.set_attn_processor(WeightedTextAttention(T5_TOKENS))
+        self.text, self.pooled = torch.cat([clip, t5], dim=1), data.pooled
+
+    def _cached_t5(self, folder, captions, cache):
+        """t5_states, computed once for these captions, so that T5 need not stay in memory."""
+        if not (folder / "text_encoder_3").is_dir():
+            return None
+        weights = sorted((p.name, p.stat().st_size) for p in (folder / "text_encoder_3").iterdir())
+        key = hashlib.sha256(json.dumps([captions, str(folder.resolve()), weights]).encode()).hexdigest()[:16]
+
+        def compute():
+            states = t5_states(folder, captions, self.device, self.dtype)
+            return {"t5": torch.zeros(0) if states is None else states}, []
+
+        states = cached(Path(cache) / f"t5-{key}.safetensors", compute)[0]["t5"]
+        return states if len(states) else None
+
+    def __call__(self, x_t, t, ids, guidance=1.0):
+        """What the teacher thinks of noisy latents.
+
+        Args:
+            x_t: (B, C, H, W) noisy latents; t: (B,) in [0, 1]; ids: (B,) rows of the data's captions, 0 the empty one.
+            guidance: 1 returns the velocity of the caption; otherwise it is guided away from the empty caption's.
+
+        Returns (velocity (B, C, H, W), [features (B, D, H / p, W / p) of each layer]), p the patch size: 2 in SD3.
+        """
+        if guidance != 1:
+            both, features = self(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([ids, torch.zeros_like(ids)]))
+            return flow.guide(*both.chunk(2), guidance), [f[: len(x_t)] for f in features]
+        ids = ids.to(self.text.device)
+        velocity = self.net(
+            x_t.to(self.device, self.dtype),
+            encoder_hidden_states=self.text[ids].to(self.device, self.dtype),
+            pooled_projections=self.pooled[ids].to(self.device, self.dtype),
+            timestep=1000 * t.to(self.device, torch.float32),
+            return_dict=False,
+        )[0]
+        grid = [side // self.net.config.patch_size for side in x_t.shape[2:]]
+        features = [self.seen.pop(layer).transpose(1, 2).unflatten(2, grid).float() for layer in self.layers]
+        return velocity.float(), features
