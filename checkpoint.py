@@ -209,7 +209,10 @@ def load_state(folder, settings, optimizers, **models):
                 index, field = name.split(".")[2:]
                 state.setdefault(int(index), {})[field] = value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        for weight, values in optimizer.state.items():  # in the weight's own memory format: fused AdamW takes it for granted
+        for (
+            weight,
+            values,
+        ) in optimizer.state.items():  # in the weight's own memory format: fused AdamW takes it for granted
             values.update({n: torch.empty_like(weight).copy_(v) for n, v in values.items() if v.shape == weight.shape})
     return step
 

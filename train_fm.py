@@ -96,6 +96,15 @@ def learning_rate(step, steps, peak, warmup=200):
     return peak * min(1, (step + 1) / warmup) * min(1, (steps - step) / (0.4 * steps))
 
 
+def open_data(args, encoders):
+    """(training data, validation data, name): --data or the shapes world as data.Latents, through the frozen encoders."""
+    if args.data:
+        pictures, validation = CaptionedFolder(args.data, args.resolution).split()
+    else:
+        pictures, validation = ShapesWorld("train", 0, args.pictures), ShapesWorld("val", 0, 256)
+    return encode_dataset(pictures, encoders), encode_dataset(validation, encoders), pictures.name
+
+
 def noisy_batch(data, seed, step, batch, shift, caption_dropout):
     """One training batch from (seed, step) alone: x_t, t, the target velocity and the captions' ids, all on the CPU."""
     x0, caption_ids = data.batch(seed, step, batch)
@@ -152,11 +161,7 @@ def main(argv=None):
 
     # data: pictures and captions pass through the frozen encoders once
     encoders = FrozenEncoders(args.teacher, device)
-    if args.data:
-        pictures, validation = CaptionedFolder(args.data, args.resolution).split()
-    else:
-        pictures, validation = ShapesWorld("train", 0, args.pictures), ShapesWorld("val", 0, 256)
-    data, val = encode_dataset(pictures, encoders), encode_dataset(validation, encoders)
+    data, val, pictures_name = open_data(args, encoders)
 
     # model: the UNet, and the average of its weights over time (EMA), which is what gets sampled
     unet_config = PRESETS[args.size]
@@ -166,7 +171,7 @@ def main(argv=None):
             f"{unet_config.latent_channels}: give --teacher an SD3 folder."
         )
     model = UNet(unet_config).to(device, memory_format=torch.channels_last)  # depthwise convolutions like it
-    prompts = PROMPTS if not args.data else [pictures.caption(i * len(pictures) // 8) for i in range(8)]
+    prompts = PROMPTS if not args.data else [data.captions[data.caption_ids[i * len(data) // 8]] for i in range(8)]
     if args.init:
         load_weights(model, load_student(args.init)[0].state_dict(), args.init)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
@@ -174,7 +179,7 @@ def main(argv=None):
     settings = {
         name: getattr(args, name) for name in ("size", "init", "data", "resolution", "steps", "batch", "lr", "seed")
     }
-    settings |= {"pictures": pictures.name, "teacher": encoders.fingerprint()}  # the same folder may hold other things
+    settings |= {"pictures": pictures_name, "teacher": encoders.fingerprint()}  # the same folder may hold other things
     start_step = load_state(out, settings, optimizer, model=model, ema=ema) if args.resume else 0
     log = Log(out / "log.csv", start_step)
     forward = torch.compile(model) if args.compile else model

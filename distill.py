@@ -1,0 +1,489 @@
+"""Stage 2: multi-level knowledge distillation from a large transformer (Sec. 3.3, Fig. 5 and 6).
+
+The student UNet goes on learning, now from the data and from a frozen MMDiT of another architecture, at three levels:
+
+    L_task = || v_theta(x_t, t, c) - (eps - x_0) ||^2           stage 1's loss: the data's own velocity            [S]
+    L_kd   = || v_T(x_t, t, c) - v_theta(x_t, t, c) ||^2        output: the teacher's velocity, free of the noise  [S]
+    L_feat = || f_T - phi(f_theta) ||^2                         features: of the last transformer layers           [S]
+
+    L = S(L_task, L_kd) + S(L_task, L_feat)                                                                        [R]
+    S(L_task, L_kd) = E_t[ a_t L_task^t + (1 - a_t) sg(|L_task^t| / |L_kd^t|) L_kd^t ]      timestep-aware scaling [R]
+
+a_t is the density of the logit-normal: the middle of the path learns from the data, its hard ends from the teacher.
+
+    python distill.py                                        # class scale: from assets/zoo/fm, teacher assets/toy-sd3
+    python distill.py --losses task                          # the same without a teacher, to compare with
+    python distill.py --ablate --steps 1000 --seeds 2        # five rows: which losses, scaled or not
+    python distill.py --plot-scaling assets/zoo/distill      # Fig. 6 in small
+    python distill.py --compare runs/task runs/distill       # teacher | without teacher | with teacher, same noise
+    python distill.py --size t2i --init runs/t2i --teacher stable-diffusion-3.5-large --data DIR --lr 1e-4   # the paper's
+
+Writes runs/distill, as stage 1 does; the projector phi stays in train_state/ and is no part of the student.
+
+Sec. 3.3 was not at hand in the original: [S] and [R] as in the README. Our own assumptions [A]: a_t is 1 at its largest;
+L^t is the loss of each picture at its own t; the features compared, the shape of phi, the fixed weights of --weighting linear.
+"""
+
+import argparse
+import copy
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import flow
+from checkpoint import (
+    HelpFormatter,
+    Log,
+    check_encoders,
+    describe_machine,
+    load_state,
+    load_student,
+    load_weights,
+    pick_device,
+    save_atomically,
+    save_json,
+    save_network,
+    save_state,
+)
+from data import Latents, captioned_grid, rng, to_pictures
+from encoders import FrozenEncoders
+from evaluate import prompts_of, score
+from model import PRESETS, UNet
+from sample import draw_pictures
+from teacher import Teacher
+from train_fm import (
+    BINS,
+    PROMPTS,
+    draw_samples,
+    learning_rate,
+    noisy_batch,
+    open_data,
+    predict,
+    stop_on_nan,
+    update_ema,
+    validate,
+)  # fmt: skip
+
+LEVELS = ("task", "out", "feat")
+ROWS = {  # of --ablate: losses, weighting
+    "no teacher": ("task", "scaled"),
+    "output, fixed weight": ("task+out", "linear"),
+    "output, timestep-aware": ("task+out", "scaled"),
+    "output + features, fixed": ("task+out+feat", "linear"),
+    "output + features, timestep-aware": ("task+out+feat", "scaled"),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Timestep-aware scaling: half a page
+
+
+def timestep_weight(t):
+    """a_t in [0, 1]: the density of the logit-normal(0, 1) at t (B,), divided by its largest value, which is at t = 0.5."""
+    t = t.clamp(1e-6, 1 - 1e-6)
+    density = torch.exp(-0.5 * torch.logit(t) ** 2) / (t * (1 - t))  # times 1 / sqrt(2 pi), which the division removes
+    return density / 4.0
+
+
+def scaled(task, other, t):
+    """S(L_task, L_kd) for every picture: task, other, t (B,) -> (B,).
+
+    The ratio brings the teacher's loss to the size of the task's, whatever units it comes in. sg: it is a number, not a
+    function of the weights; otherwise ratio * other would be the task's loss once more, and nothing would be distilled.
+    """
+    a = timestep_weight(t)
+    ratio = (task / other.clamp(min=1e-12)).detach()
+    return a * task + (1 - a) * ratio * other
+
+
+def combine(losses, t, weighting, linear_weights):
+    """The training loss from {"task": (B,), "out": (B,), "feat": (B,)}; the teacher's two may be missing."""
+    task, teachers = losses["task"], [name for name in ("out", "feat") if name in losses]
+    if not teachers:
+        return task.mean()
+    if weighting == "scaled":  # L = S(L_task, L_kd) + S(L_task, L_feat)
+        return sum(scaled(task, losses[name], t) for name in teachers).mean()
+    return (task + sum(linear_weights[name] * losses[name] for name in teachers)).mean()
+
+
+class Projector(nn.Module):
+    """phi: the student's feature (B, c, h, w) -> the teacher's channels and grid (B, d, h', w').
+
+    A finer grid is gathered by a strided convolution (each teacher token is a patch of p x p latent cells), a coarser one
+    is spread out; one hidden layer, so that the student need not copy the teacher's coordinates.
+    """
+
+    def __init__(self, c, side, d, teacher_side):
+        super().__init__()
+        self.teacher_side, stride = teacher_side, max(1, side // teacher_side)
+        self.gather = nn.Conv2d(c, d, stride, stride)
+        self.out = nn.Conv2d(d, d, 1)
+
+    def forward(self, feature):
+        h = self.gather(feature)
+        if h.shape[2] != self.teacher_side:
+            h = F.interpolate(h, self.teacher_side, mode="nearest")
+        return self.out(F.silu(h))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(args, out):
+    """Distil one student into the folder `out`."""
+    device = pick_device(args.device)
+    if (out / "train_state").is_dir() and not args.resume:
+        raise SystemExit(f"{out} holds a run already: go on with --resume, choose another --out, or delete it.")
+    torch.manual_seed(args.seed)
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with_teacher, with_features = "out" in args.losses, "feat" in args.losses
+
+    # data and student, as in stage 1
+    encoders = FrozenEncoders(args.teacher, device)
+    data, val, pictures_name = open_data(args, encoders)
+    student, student_config = load_student(args.init)
+    check_encoders(student_config, encoders)
+    if student.cfg != PRESETS[args.size]:
+        raise SystemExit(f"{args.init} is not of --size {args.size}: give the size it was trained with.")
+    model = UNet(student.cfg).to(device, memory_format=torch.channels_last)
+    load_weights(model, student.state_dict(), args.init)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    prompts = PROMPTS if not args.data else [data.captions[data.caption_ids[i * len(data) // 8]] for i in range(8)]
+    shift, caption_dropout, sampling = student_config["sampling"]["shift"], 0.1, student_config["sampling"]
+
+    # the teacher, and phi between its feature and the student's
+    teacher = Teacher(args.teacher, data, device, half, layers=(args.teacher_layer,)) if with_teacher else None
+    seen, phi = [], nn.Identity()
+    if with_features:
+        try:
+            layer = model.get_submodule(args.student_layer)
+        except AttributeError as error:
+            raise SystemExit(
+                f"the student has no layer {args.student_layer!r}, such as up.2.layers.2.transformer."
+            ) from error
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        with torch.no_grad():  # one forward of each tells the shapes
+            x_t, t, _, ids = noisy_batch(data, 0, 0, 1, shift, 0.0)
+            predict(model, model.cfg, data, x_t, t, ids, device)
+            theirs, ours = teacher(x_t, t, ids)[1][0], seen.pop()
+        phi = Projector(ours.shape[1], ours.shape[2], theirs.shape[1], theirs.shape[2]).to(device)
+    parameters = [*model.parameters(), *phi.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    forward = torch.compile(model) if args.compile else model
+    for block in teacher.net.transformer_blocks if args.compile and with_teacher else ():
+        block.compile()
+
+    settings = {name: getattr(args, name) for name in ("size", "init", "data", "resolution", "steps", "batch", "lr", "seed",
+                "losses", "weighting", "out_weight", "feat_weight", "teacher_guidance", "student_layer",
+                "teacher_layer")}  # fmt: skip
+    settings |= {
+        "pictures": pictures_name,
+        "teacher": encoders.fingerprint(*encoders.parts, *(["transformer"] if with_teacher else [])),
+    }
+    networks = {"model": model, "ema": ema, "phi": phi}
+    start_step = load_state(out, settings, optimizer, **networks) if args.resume else 0
+    log = Log(out / "log.csv", start_step)
+    config = {**student_config, "stage": "distill", "encoders": args.teacher, "settings": settings,
+              "machine": describe_machine(device)}  # fmt: skip
+    print(
+        f"{args.size}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {args.losses} "
+        f"({args.weighting}), {len(data)} pictures, {config['machine']}, seed {args.seed}, steps {start_step} to {args.steps}"
+    )
+
+    bar = tqdm(range(start_step, args.steps), initial=start_step, total=args.steps, desc="stage 2", mininterval=1)
+    bins, seen_values, begin = torch.zeros(len(LEVELS) + 1, BINS), {}, time.time()
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.lr)
+
+        x_t, t, v, ids = noisy_batch(data, args.seed, step, args.batch, shift, caption_dropout)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            predicted = predict(forward, model.cfg, data, x_t, t, ids, device)
+            projected = phi(seen.pop()) if with_features else None
+        predicted, v, on_device = predicted.float(), v.to(device), t.to(device)
+        losses = {"task": (predicted - v).square().mean((1, 2, 3))}  # (B,)   || v_theta - v ||^2
+        values = {}
+        if with_teacher:
+            with torch.no_grad():
+                v_teacher, features = teacher(x_t, t, ids, args.teacher_guidance)
+            losses["out"] = (predicted - v_teacher).square().mean((1, 2, 3))  # (B,)   || v_T - v_theta ||^2
+            values["cosine"] = F.cosine_similarity(predicted.flatten(1), v_teacher.flatten(1)).mean()
+        if with_features:
+            losses["feat"] = (
+                (projected.float() - features[0]).square().mean((1, 2, 3))
+            )  # (B,)   || f_T - phi(f_theta) ||^2
+        loss = combine(losses, on_device, args.weighting, {"out": args.out_weight, "feat": args.feat_weight})
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not torch.isfinite(grad_norm):
+            stop_on_nan(step, out, args.lr)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        update_ema(ema, model, step)
+
+        # What was measured: each loss by itself and by time, the ratios of S, the agreement with the teacher.
+        values |= {"loss": loss, "grad_norm": grad_norm} | {
+            f"loss_{name}": values.mean() for name, values in losses.items()
+        }
+        values |= {f"ratio_{n}": (losses["task"] / losses[n]).mean() for n in ("out", "feat") if n in losses}
+        for name, value in values.items():
+            seen_values.setdefault(name, []).append(value.item())
+        which = (t * BINS).long().clamp(max=BINS - 1)
+        bins[-1].index_add_(0, which, torch.ones_like(t))
+        for i, name in enumerate(LEVELS):
+            if name in losses:
+                bins[i].index_add_(0, which, losses[name].detach().cpu())
+        save = (step + 1) % args.save_every == 0 or step + 1 == args.steps
+        if save or (step + 1) % 50 == 0:
+            mean = {name: float(np.mean(seen_values.get(name, math.nan))) for name in COLUMNS}
+            for i, name in enumerate(LEVELS):
+                by_time = bins[i] / bins[-1] if name in losses else torch.full((BINS,), math.nan)
+                mean |= {f"{name}_t{b / BINS:.1f}": by_time[b].item() for b in range(BINS)}
+            bins.zero_()
+            seen_values = {}
+            val_loss = validate(ema, val, shift, device) if save else math.nan
+            log.add(step=step + 1, pictures=(step + 1) * args.batch, **mean, val_loss=val_loss, lr=group["lr"],
+                    pictures_per_second=(step + 1 - start_step) * args.batch / (time.time() - begin))  # fmt: skip
+            bar.set_postfix({name: f"{mean[f'loss_{name}']:.3f}" for name in losses}, refresh=False)
+        if save:
+            draw_samples(out, step + 1, ema, encoders, prompts, data.latents.shape[1:], sampling, args.seed)
+            plot(log, out / "loss.png")
+            save_network(out, ema, {**config, "step": step + 1, "pictures_seen": (step + 1) * args.batch})
+            save_state(out, step + 1, settings, optimizer, **networks)
+    print(f"{out}: model.safetensors, config.json, log.csv, loss.png, samples/progress.png")
+
+
+COLUMNS = ("loss", "loss_task", "loss_out", "loss_feat", "ratio_out", "ratio_feat", "cosine", "grad_norm")
+
+
+def plot(log, path):
+    """loss.png: the three losses, the agreement with the teacher, the validation loss."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
+    steps = log.column("step")
+    for name in ("loss_task", "loss_out", "loss_feat"):
+        axes[0].plot(steps, log.column(name), label=name)
+    axes[0].set(yscale="log", title="the three levels, unscaled", xlabel="step")
+    axes[1].plot(steps, log.column("cosine"), label="cosine to the teacher's velocity")
+    axes[1].set(xlabel="step", title="agreement with the teacher")
+    points = [(s, v) for s, v in zip(steps, log.column("val_loss"), strict=True) if not math.isnan(v)]
+    axes[2].plot(*zip(*points, strict=True), "ko-", label="validation L_task, EMA")
+    axes[2].set(xlabel="step", title="validation")
+    for axis in axes:
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    save_atomically(figure.savefig, path)
+    plt.close(figure)
+
+
+def pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Figures and the ablation
+
+
+@torch.no_grad()
+def plot_scaling(args):
+    """scaling.png: a_t, and a student's L_task and L_kd over t, raw and as S weighs them (the paper's Fig. 6 in small)."""
+    device = pick_device(args.device)
+    model, config = load_student(args.plot_scaling, device)
+    encoders = FrozenEncoders(args.teacher, device)
+    check_encoders(config, encoders)
+    _, val, _ = open_data(args, encoders)
+    teacher = Teacher(args.teacher, val, device)
+    times, rows = torch.linspace(0.025, 0.975, 20), []
+    for i, t in enumerate(tqdm(times, desc="measuring")):
+        g = rng(args.seed, i)
+        index = torch.arange(min(64, len(val)))
+        x0, ids, t = val.latents[index].float(), val.caption_ids[index], t.expand(len(index))
+        eps = torch.randn(x0.shape, generator=g)
+        x_t, v = flow.interpolate(x0, eps, t), flow.velocity(x0, eps).to(device)
+        predicted = predict(model, model.cfg, val, x_t, t, ids, device)
+        task = (predicted - v).square().mean((1, 2, 3))
+        out = (predicted - teacher(x_t, t, ids)[0]).square().mean((1, 2, 3))
+        ratio, a = task / out, timestep_weight(t[:1]).item()
+        rows.append([task.mean().item(), out.mean().item(), a * task.mean().item(), (1 - a) * (ratio * out).mean().item(),
+                     (1 - a) * ratio.mean().item()])  # fmt: skip
+    task, out, scaled_task, scaled_out, pull = zip(*rows, strict=True)
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 4, figsize=(17, 3.8))
+    fine = torch.linspace(0, 1, 201)
+    axes[0].plot(fine, timestep_weight(fine), label="a_t: the data's part")
+    axes[0].plot(fine, 1 - timestep_weight(fine), label="1 - a_t: the teacher's part")
+    axes[0].set(title="who teaches when")
+    axes[1].plot(times, task, label="L_task"), axes[1].plot(times, out, label="L_kd")
+    axes[1].set(yscale="log", title="raw")
+    axes[2].plot(times, scaled_task, label="a_t L_task"), axes[2].plot(times, scaled_out, label="(1 - a_t) ratio L_kd")
+    axes[2].set(title="as S counts them")
+    axes[3].plot(times, pull, label="(1 - a_t) |L_task| / |L_kd|")
+    axes[3].set(yscale="log", title="what multiplies the gradient of L_kd")
+    for axis in axes:
+        axis.set_xlabel("t (0 = data, 1 = noise)")
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    save_atomically(figure.savefig, args.out / "scaling.png")
+    print(f"wrote {args.out}/scaling.png")
+
+
+@torch.no_grad()
+def compare(args):
+    """compare.png: the teacher and the students of --compare, each column from the same noise and prompt."""
+    device = pick_device(args.device)
+    students = [load_student(folder, device) for folder in args.compare]
+    encoders = FrozenEncoders(args.teacher, device)
+    for _, config in students:
+        check_encoders(config, encoders)
+    prompts = [prompt for prompt in prompts_of("val", 2, args.seed) for _ in range(2)]
+    seeds = [args.seed + i for i in range(len(prompts))]
+    config = students[0][1]
+    text = encode_prompts(prompts, encoders)
+    teacher = Teacher(args.teacher, text, device)
+    shape = (encoders.latent_channels, *config["latent_size"])
+    noise = torch.stack([torch.randn(shape, generator=rng(seed)) for seed in seeds])
+    ids = torch.tensor([text.captions.index(prompt) for prompt in prompts])
+    habits = config["sampling"]
+    latents = flow.euler_sample(lambda x, t, ids: teacher(x, t, ids)[0], noise.to(device), (ids,), (torch.zeros_like(ids),),
+                                28, 3.0, habits["shift"])  # fmt: skip
+    columns = [to_pictures(encoders.decode_latents(latents))]
+    columns += [draw_pictures(model, config, encoders, prompts, seeds) for model, config in students]
+    names = " | ".join(["teacher", *(str(folder) for folder in args.compare)])
+    rows = [[column[i] for i in (k, k + 1) for column in columns] for k in range(0, len(prompts), 2)]
+    save_atomically(
+        captioned_grid(rows, [f"{p}: {names}" for p in prompts[::2]], scale=2).save, args.out / "compare.png"
+    )
+    print(f"wrote {args.out}/compare.png")
+
+
+def encode_prompts(prompts, encoders):
+    """Captions without pictures, as data.Latents: what a Teacher needs to know of them."""
+    captions = ["", *dict.fromkeys(prompts)]
+    states, mask, pooled = encoders.encode_text(captions)
+    return Latents(torch.zeros(0), torch.zeros(0), captions, states.half().cpu(), mask.cpu(), pooled.half().cpu())
+
+
+def ablate(args):
+    """Train and judge the five rows of ROWS with every seed, row by row; what is finished is kept."""
+    device, results = pick_device(args.device), {name: [] for name in ROWS}
+    encoders, base = FrozenEncoders(args.teacher, device), args.seed
+    for seed in range(base, base + args.seeds):
+        for name, (losses, weighting) in ROWS.items():
+            run = copy.copy(args)
+            run.losses, run.weighting, run.seed, run.resume = losses, weighting, seed, True
+            out = args.out / f"{losses}-{weighting}-seed{seed}"
+            print(f"-- {name}, seed {seed}")
+            train(run, out)  # goes on where it was, or returns at once when it is done
+            path = out / f"mini-geneval-{args.per_family}.json"
+            if not path.is_file():
+                model, config = load_student(out, device)
+                prompts = prompts_of("val", args.per_family, 0)
+                save_json(score(draw_pictures(model, config, encoders, prompts, range(len(prompts))), prompts), path)
+            report = json.loads(path.read_text())
+            log = Log(out / "log.csv", args.steps)
+            results[name].append({"overall": report["overall"], "val_loss": log.column("val_loss")[-1],
+                                  "ms_per_step": 1000 * args.batch / log.column("pictures_per_second")[-1]})  # fmt: skip
+    print(f"\n{args.steps} steps of {args.batch} from {args.init}, seeds {base} to {base + args.seeds - 1}, {args.per_family} "
+          f"prompts a family, {describe_machine(device)}")  # fmt: skip
+    print(f"{'':36}{'mini-GenEval':>13}{'range':>17}{'val loss':>10}{'ms a step':>11}")
+    for name, runs in results.items():
+        scores, milliseconds = [run["overall"] for run in runs], [run["ms_per_step"] for run in runs]
+        print(f"{name:36}{np.mean(scores):13.3f}{f'{min(scores):.3f} to {max(scores):.3f}':>17}"
+              f"{np.mean([run['val_loss'] for run in runs]):10.4f}{np.mean(milliseconds):11.0f}")  # fmt: skip
+    save_json(results, args.out / "ablation.json")
+    print(f"wrote {args.out}/ablation.json")
+
+
+def parse_arguments(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
+    # what to do, if not to train
+    p.add_argument("--ablate", action="store_true", help="train the five rows of the ablation and print the table")
+    p.add_argument("--seeds", type=int, default=3, help="runs a row, for --ablate: seeds --seed, --seed + 1, ...")
+    p.add_argument("--per-family", type=int, default=100, help="mini-GenEval prompts a family, for --ablate")
+    p.add_argument(
+        "--plot-scaling",
+        metavar="DIR",
+        nargs="?",
+        const="assets/zoo/distill",
+        help="draw a_t and this student's losses",
+    )
+    p.add_argument(
+        "--compare", metavar="DIR", nargs="+", help="draw the teacher and these students from the same noise"
+    )
+    # who learns from whom
+    p.add_argument("--size", choices=PRESETS, default="tiny", help="the UNet: class scale, or one of the paper's two")
+    p.add_argument("--init", metavar="DIR", default="assets/zoo/fm", help="the student of stage 1 to start from")
+    p.add_argument("--teacher", metavar="DIR", default="assets/toy-sd3", help="SD3 folder: encoders and transformer")
+    p.add_argument(
+        "--teacher-guidance", type=float, default=1.0, help="distil the teacher's guided velocity instead; 1 = not"
+    )
+    # losses
+    p.add_argument(
+        "--losses", choices=("task", "task+out", "task+out+feat"), default="task+out+feat", help="which levels"
+    )
+    p.add_argument(
+        "--weighting", choices=("scaled", "linear"), default="scaled", help="timestep-aware, or fixed weights"
+    )
+    p.add_argument("--out-weight", type=float, default=1.0, help="of L_kd with --weighting linear")
+    p.add_argument("--feat-weight", type=float, default=0.04, help="of L_feat with --weighting linear")
+    p.add_argument(
+        "--student-layer", default="up.2.layers.2.transformer", help="whose output is f_theta: the last transformer"
+    )
+    p.add_argument(
+        "--teacher-layer", type=int, default=-1, help="joint block whose picture tokens are f_T; -1 is the last"
+    )
+    # data
+    p.add_argument("--data", metavar="DIR", help="folder of pictures with captions; without it, the shapes world")
+    p.add_argument("--pictures", type=int, default=20_000, help="how many different shapes-world pictures to train on")
+    p.add_argument("--resolution", type=int, help="side in pixels for --data; default: 64, 256 or 1024 by --size")
+    # optimisation
+    p.add_argument("--steps", type=int, default=2500, help="training steps")
+    p.add_argument("--batch", type=int, default=64, help="pictures a step")
+    p.add_argument("--lr", type=float, default=5e-4, help="learning rate after the warm-up")
+    p.add_argument("--seed", type=int, default=0, help="of phi, noise, timesteps and the data's order")
+    # writing and system
+    p.add_argument("--out", metavar="DIR", type=Path, help="default: runs/distill, or runs/distill-ablate")
+    p.add_argument("--resume", action="store_true", help="go on from the last saved state in --out, if there is one")
+    p.add_argument(
+        "--save-every", type=int, default=500, metavar="STEPS", help="save, validate and draw samples this often"
+    )
+    p.add_argument("--device", help="cuda, mps or cpu; chosen by itself if not given")
+    p.add_argument(
+        "--compile", action="store_true", help="torch.compile student and teacher: minutes to start, then faster"
+    )
+    args = p.parse_args(argv)
+    for name in ("steps", "batch", "pictures", "save_every", "seeds", "per_family"):
+        if getattr(args, name) < 1:
+            raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
+    args.resolution = args.resolution or {"tiny": 64, "imagenet": 256, "t2i": 1024}[args.size]
+    args.out = args.out or Path("runs/distill-ablate" if args.ablate else "runs/distill")
+    return args
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    if args.plot_scaling:
+        plot_scaling(args)
+    elif args.compare:
+        compare(args)
+    elif args.ablate:
+        ablate(args)
+    else:
+        train(args, args.out)
+
+
+if __name__ == "__main__":
+    main()

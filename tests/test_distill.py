@@ -1,0 +1,264 @@
+"""Stage 2: the scaling against its formula, the teacher against diffusers' pipeline, the training as a user meets it."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch.distributions import Normal, SigmoidTransform, TransformedDistribution
+from transformers import T5Config, T5EncoderModel
+
+import distill
+import train_fm
+from checkpoint import load_student
+from encoders import FrozenEncoders
+from sample import draw_pictures
+from teacher import Teacher
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--pictures", "64", "--batch", "4", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "assets").symlink_to(ROOT / "assets")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def at_home(home, monkeypatch):
+    monkeypatch.chdir(home)
+
+
+@pytest.fixture(scope="module")
+def finished(home):
+    before = os.getcwd()
+    os.chdir(home)
+    distill.main([*SMALL, "--steps", "4", "--save-every", "2", "--out", "runs/whole"])
+    os.chdir(before)
+    return home / "runs" / "whole"
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Timestep-aware scaling
+
+
+def test_a_t_is_the_logit_normal_density_divided_by_its_maximum():
+    reference = TransformedDistribution(Normal(0.0, 1.0), SigmoidTransform())
+    t = torch.linspace(0.01, 0.99, 99)
+    density = reference.log_prob(t).exp()
+    assert torch.allclose(distill.timestep_weight(t), density / density.max(), atol=1e-5)
+    ends = distill.timestep_weight(torch.tensor([0.0, 0.5, 1.0]))
+    assert torch.allclose(ends, torch.tensor([0.0, 1.0, 0.0]), atol=1e-4)
+
+
+def test_scaling_gives_each_loss_its_gradient():
+    """d S / d L_task = a_t and d S / d L_kd = (1 - a_t) |L_task| / |L_kd|: the ratio itself has no gradient."""
+    task = torch.tensor([0.5, 2.0, 0.1], requires_grad=True)
+    other = torch.tensor([0.25, 30.0, 0.2], requires_grad=True)
+    t = torch.tensor([0.5, 0.9, 0.02])
+    value = distill.scaled(task, other, t)
+    assert torch.allclose(value, task)  # in value the teacher's part is as large as the task's: a L + (1 - a) L
+    value.sum().backward()
+    a = distill.timestep_weight(t)
+    assert torch.allclose(task.grad, a)
+    assert torch.allclose(other.grad, (1 - a) * task.detach() / other.detach())
+
+
+def test_scaling_does_not_depend_on_the_features_unit():
+    """Features ten times as large give the same step: d S / d f is the same for f in metres or in feet."""
+    gradients = []
+    for unit in (1.0, 10.0):
+        f = torch.full((1, 8), 0.3, requires_grad=True)
+        feat = ((unit * f - unit * 1.0) ** 2).mean(1)
+        distill.scaled(torch.tensor([0.4]), feat, torch.tensor([0.8])).sum().backward()
+        gradients.append(f.grad)
+    assert torch.allclose(*gradients)
+
+
+def test_total_loss_of_each_setting():
+    losses = {"task": torch.tensor([0.5, 1.0]), "out": torch.tensor([0.1, 0.2]), "feat": torch.tensor([3.0, 5.0])}
+    t, weights = torch.tensor([0.3, 0.6]), {"out": 2.0, "feat": 0.5}
+    assert distill.combine({"task": losses["task"]}, t, "scaled", weights) == 0.75
+    assert torch.isclose(distill.combine(losses, t, "linear", weights), torch.tensor(0.75 + 2 * 0.15 + 0.5 * 4.0))
+    total = distill.scaled(losses["task"], losses["out"], t) + distill.scaled(losses["task"], losses["feat"], t)
+    assert torch.isclose(distill.combine(losses, t, "scaled", weights), total.mean())
+
+
+@pytest.mark.parametrize(("side", "teacher_side"), [(8, 4), (4, 4), (2, 4), (16, 4)])
+def test_phi_matches_channels_and_grid(side, teacher_side):
+    phi = distill.Projector(6, side, 10, teacher_side)
+    assert phi(torch.randn(2, 6, side, side)).shape == (2, 10, teacher_side, teacher_side)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The teacher
+
+
+PROMPTS = ["a photo of a red circle", "a photo of two stars"]
+
+
+def test_teacher_sees_what_diffusers_pipeline_gives_it(tmp_path):
+    """Velocity with our collapsed text = the transformer with the pipeline's own 280 text tokens."""
+    pipe = StableDiffusion3Pipeline.from_pretrained("assets/toy-sd3")
+    states, _, pooled, _ = pipe.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False)
+    encoders = FrozenEncoders("assets/toy-sd3")
+    text = distill.encode_prompts(PROMPTS, encoders)
+    teacher = Teacher("assets/toy-sd3", text, cache=tmp_path)
+    assert states.shape[1] == 24 + 256 and teacher.text.shape[1] == 25
+    x, t, ids = torch.randn(2, 16, 8, 8), torch.tensor([0.3, 0.9]), torch.tensor([1, 2])
+    with torch.no_grad():
+        expected = pipe.transformer(
+            x, encoder_hidden_states=states, pooled_projections=pooled, timestep=1000 * t
+        ).sample
+        velocity, (feature,) = teacher(x, t, ids)
+        guided, _ = teacher(x, t, ids, guidance=3.0)
+        empty, _ = teacher(x, t, torch.zeros_like(ids))
+    assert (velocity - expected).abs().max() < 5e-3  # text states in half precision
+    assert torch.allclose(guided, empty + 3 * (velocity - empty), atol=1e-4)
+    assert feature.shape == (2, 128, 4, 4)
+    # the feature leads to the velocity: norm_out and proj_out are all that comes after it
+    net = teacher.net
+    temb = net.time_text_embed(1000 * t, teacher.pooled[ids].float())
+    patches = net.proj_out(net.norm_out(feature.flatten(2).transpose(1, 2), temb)).view(2, 4, 4, 2, 2, 16)
+    assert torch.allclose(torch.einsum("nhwpqc->nchpwq", patches).reshape(2, 16, 8, 8), velocity, atol=1e-5)
+
+
+def test_teacher_with_a_t5_that_speaks(tmp_path):
+    """SD3.5's layout, with normed queries and keys and a T5 with something to say: nothing is collapsed."""
+    folder = tmp_path / "sd35"
+    folder.mkdir()
+    for part in (ROOT / "assets" / "toy-sd3").iterdir():
+        if part.name not in ("transformer", "text_encoder_3"):
+            (folder / part.name).symlink_to(part)
+    torch.manual_seed(0)
+    T5EncoderModel(T5Config(vocab_size=98, d_model=192, d_kv=8, d_ff=8, num_layers=1, num_heads=1)).save_pretrained(
+        folder / "text_encoder_3"
+    )
+    SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2, qk_norm="rms_norm",
+        joint_attention_dim=192, caption_projection_dim=32, pooled_projection_dim=160, pos_embed_max_size=16,
+    ).save_pretrained(folder / "transformer")  # fmt: skip
+    pipe = StableDiffusion3Pipeline.from_pretrained(folder)
+    states, _, pooled, _ = pipe.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False)
+    encoders = FrozenEncoders(folder)
+    text = distill.encode_prompts(PROMPTS, encoders)
+    teachers = [Teacher(folder, text, cache=tmp_path / "cache") for _ in range(2)]  # the second reads the cache
+    x, t, ids = torch.randn(2, 16, 8, 8), torch.tensor([0.3, 0.9]), torch.tensor([1, 2])
+    with torch.no_grad():
+        expected = pipe.transformer(
+            x, encoder_hidden_states=states, pooled_projections=pooled, timestep=1000 * t
+        ).sample
+        for teacher in teachers:
+            assert teacher.text.shape == (3, 280, 192)
+            assert (teacher(x, t, ids)[0] - expected).abs().max() < 5e-3
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def test_a_run_leaves_a_student_without_phi(finished):
+    model, config = load_student(finished)
+    assert config["stage"] == "distill" and config["sampling"] == {"steps": 28, "guidance": 3.0, "shift": 3.0}
+    assert not [name for name in safetensors.torch.load_file(finished / "model.safetensors") if "phi" in name]
+    assert [
+        n for n in safetensors.torch.load_file(finished / "train_state" / "state.safetensors") if n.startswith("phi.")
+    ]
+    rows = list(csv.DictReader(open(finished / "log.csv")))
+    assert [row["step"] for row in rows] == ["2", "4"]
+    for name in ("loss_task", "loss_out", "loss_feat", "ratio_out", "ratio_feat", "cosine", "val_loss", "grad_norm"):
+        assert float(rows[-1][name]) > 0, name
+    assert {f"{level}_t{t}" for level in ("task", "out", "feat") for t in ("0.0", "0.2", "0.4", "0.6", "0.8")} <= rows[
+        0
+    ].keys()
+    pictures = draw_pictures(model, config, FrozenEncoders("assets/toy-sd3"), ["a photo of a star"], [0], steps=2)
+    assert pictures[0].size == (64, 64)
+
+
+def test_resumed_is_bit_for_bit_the_same(finished, home):
+    arguments = [*SMALL, "--steps", "4", "--save-every", "2", "--out", str(home / "runs" / "resumed")]
+    save = distill.save_state
+
+    def save_and_stop(*args, **networks):
+        save(*args, **networks)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(distill, "save_state", save_and_stop)
+        distill.main(arguments)
+    with pytest.raises(SystemExit, match="--losses was task"):
+        distill.main([*arguments, "--resume", "--losses", "task"])
+    distill.main([*arguments, "--resume"])
+    assert (home / "runs/resumed/model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+def test_without_a_teacher_it_is_stage_one(home):
+    """--losses task takes the same step as train_fm.py from the same weights."""
+    distill.main([*SMALL, "--steps", "2", "--losses", "task", "--lr", "1e-3", "--out", "runs/task"])
+    train_fm.main([*SMALL, "--steps", "2", "--init", "assets/zoo/fm", "--out", "runs/stage1"])
+    weights = [safetensors.torch.load_file(home / "runs" / name / "model.safetensors") for name in ("task", "stage1")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_every_level_moves_the_student(home):
+    """Each of the five rows of the ablation has another gradient, also at the UNet's first layer (AdamW keeps it)."""
+    gradients = []
+    for losses, weighting in distill.ROWS.values():
+        out = home / "runs" / f"{losses}-{weighting}"
+        distill.main([*SMALL, "--steps", "1", "--losses", losses, "--weighting", weighting, "--out", str(out)])
+        gradients.append(
+            safetensors.torch.load_file(out / "train_state" / "state.safetensors")["optimizer.0.0.exp_avg"]
+        )
+    directions = [F.normalize(gradient.flatten(), dim=0) for gradient in gradients]
+    assert all((a - b).norm() > 1e-3 for i, a in enumerate(directions) for b in directions[:i])
+
+
+def test_figures_and_ablation(home, finished, capsys):
+    distill.main([*SMALL, "--plot-scaling", str(finished), "--out", "runs/figures"])
+    distill.main([*SMALL, "--compare", "assets/zoo/fm", str(finished), "--out", "runs/figures"])
+    assert {p.name for p in (home / "runs/figures").iterdir()} == {"scaling.png", "compare.png"}
+    arguments = [*SMALL, "--ablate", "--steps", "1", "--seeds", "1", "--per-family", "1", "--out", "runs/ablation"]
+    capsys.readouterr()
+    distill.main(arguments)
+    first = capsys.readouterr().out
+    assert all(name in first for name in distill.ROWS)
+    distill.main(arguments)  # everything is there: the same table, at once
+    assert capsys.readouterr().out.split("mini-GenEval")[1] == first.split("mini-GenEval")[1]
+    results = json.loads((home / "runs/ablation/ablation.json").read_text())
+    assert set(results) == set(distill.ROWS) and all(
+        0 <= run["overall"] <= 1 for runs in results.values() for run in runs
+    )
+
+
+def test_bad_input_ends_in_one_sentence(tmp_path, home):
+    folder = tmp_path / "no-transformer"
+    folder.mkdir()
+    for part in (ROOT / "assets" / "toy-sd3").iterdir():
+        if part.name != "transformer":
+            (folder / part.name).symlink_to(part)
+    shutil.copytree(ROOT / "assets" / "zoo" / "fm", tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    config["scaling_factor"] = 9.0
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    for arguments, words in (
+        (["--teacher", str(folder)], "has no transformer"),
+        (["--init", "nowhere"], "is not a student"),
+        (["--init", str(tmp_path / "other")], "scaled by 9.0"),
+        (["--size", "imagenet"], "is not of --size imagenet"),
+        (["--student-layer", "down.9"], "no layer 'down.9'"),
+        (["--teacher-layer", "6"], "6 blocks"),
+        (["--data", "nowhere"], "no such folder"),
+        (["--steps", "0"], "at least 1"),
+        (["--lr", "1e30"], "learning rate"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            distill.main([*SMALL, "--steps", "3", "--out", str(tmp_path / "out"), *arguments])
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
