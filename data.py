@@ -208,6 +208,11 @@ class Latents:
     def __len__(self):
         return len(self.latents)
 
+    @functools.cached_property
+    def longest(self):
+        """Tokens of the longest caption. What lies behind is padding for all of them, and attention there is wasted."""
+        return int(self.mask.any(0).sum())
+
     def batch(self, seed, step, size):
         """(latents (B, 16, h, w) float32, caption_ids (B,)) of one training step."""
         index = self.indices(seed, step, size)

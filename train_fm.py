@@ -118,8 +118,9 @@ def noisy_batch(data, seed, step, batch, shift, caption_dropout):
 
 def predict(net, cfg, source, x_t, t, ids, device):
     """The velocity that a UNet of config `cfg` sees in x_t (B, 16, h, w) at t, with captions ids (B,) of `source`."""
-    states = pad_text(source.states[ids].float(), cfg.text_dim)  # (B, T, text_dim)
-    return net(x_t.to(device), t.to(device), states.to(device), source.mask[ids].to(device))
+    states, mask = source.states[ids, : source.longest], source.mask[ids, : source.longest]
+    states = pad_text(states.float(), cfg.text_dim)  # (B, T, text_dim)
+    return net(x_t.to(device), t.to(device), states.to(device), mask.to(device))
 
 
 @torch.no_grad()
