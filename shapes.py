@@ -95,7 +95,7 @@ def family_of(caption):
     return "colors" if phrases[0].color else "single"
 
 
-def _write_caption(phrases, relation=None):
+def write_caption(phrases, relation=None):
     """The inverse of parse_caption."""
     words = {count: word for word, count in NUMBERS.items()}
     parts = []
@@ -180,7 +180,7 @@ def make_scene(split, seed, index, family=None):
             color = free[rng.integers(len(free))]
         things.append(Thing(shape, color, float(x), float(y), float(radius)))
     background = np.clip(rng.integers(228, 250) + rng.integers(-4, 5, 3), 0, 255)
-    return Scene(family, _write_caption(phrases, relation), tuple(things), tuple(int(v) for v in background))
+    return Scene(family, write_caption(phrases, relation), tuple(things), tuple(int(v) for v in background))
 
 
 def shape_outline(shape, x, y, radius):

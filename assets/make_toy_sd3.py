@@ -26,8 +26,10 @@ import math
 import os
 import shutil
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
@@ -47,7 +49,8 @@ import flow
 from checkpoint import load_state, pick_device, save_json, save_state
 from data import encode_dataset, rng, to_tensor
 from encoders import FrozenEncoders
-from shapes import COLORS, SHAPES, SIDE, ShapesWorld
+from evaluate import falsify
+from shapes import COLORS, SHAPES, SIDE, ShapesWorld, parse_caption, write_caption
 from teacher import T5_TOKENS, WeightedTextAttention
 from train_fm import update_ema
 
@@ -144,7 +147,7 @@ def make_tokenizers(out, vocabulary=1536, max_tokens=24):
 
 
 class PictureTower(nn.Module):
-    """A small convolutional network: pictures (B, 3, 64, 64) -> features (B, 256). Used here only, never saved."""
+    """A small convolutional network: pictures (B, 3, 64, 64) -> features (B, 512). Used here only, never saved."""
 
     def __init__(self):
         super().__init__()
@@ -153,14 +156,31 @@ class PictureTower(nn.Module):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
                        nn.Conv2d(width, width, 3, padding=1, stride=2), nn.BatchNorm2d(width), nn.ReLU()]  # fmt: skip
             channels = width
-        self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 16, 256), nn.ReLU())
+        self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 16, 512), nn.ReLU())
 
     def forward(self, x):
         return self.net(x)
 
 
-def make_text_encoders(out, device, steps=700, batch=256, lr=1e-3, seed=1):
-    """Two CLIP text models, trained as CLIP is: every caption must find its picture among the batch's, and back."""
+def hard_negatives(caption, rng, n=3):
+    """n captions that are false of its picture and nearly the same: objects or colors swapped, one word exchanged."""
+    phrases, relation = parse_caption(caption)
+    wrong = []
+    if relation:  # a circle left of a star -> a star left of a circle
+        wrong.append(write_caption(phrases[::-1], relation))
+    elif len(phrases) == 2 and phrases[0].color:  # a red circle and a blue star -> a blue circle and a red star
+        first, second = phrases
+        wrong.append(write_caption([replace(first, color=second.color), replace(second, color=first.color)]))
+    return wrong + [falsify(caption, rng) for _ in range(n - len(wrong))]
+
+
+def make_text_encoders(out, device, steps=1000, batch=256, lr=1e-3, seed=1):
+    """Two CLIP text models, trained as CLIP is: every caption must find its picture among the batch's, and back.
+
+    With hard negatives as NegCLIP (arXiv 2210.01936): a picture must also tell its caption from three that differ in one
+    word or in their order. Without them CLIP learns which words there are and not which belongs to which, and no diffusion
+    model learns position from its states. The loss is taken at the last layer and at the one before, whose states are used.
+    """
     vocabulary = make_tokenizers(out)
     tokenizers = [CLIPTokenizer.from_pretrained(out / name) for name in ("tokenizer", "tokenizer_2")]
     torch.manual_seed(seed)
@@ -173,7 +193,7 @@ def make_text_encoders(out, device, steps=700, batch=256, lr=1e-3, seed=1):
             pad_token_id=vocabulary - 1 if width == 64 else 0)))  # fmt: skip
     towers.to(device)
     eye = PictureTower().to(device, memory_format=torch.channels_last)
-    heads = nn.ModuleList(nn.Linear(256, width) for width in (64, 96)).to(device)
+    heads = nn.ModuleList(nn.Linear(512, width) for width in (64, 96)).to(device)
     temperature = nn.Parameter(torch.full((2,), math.log(1 / 0.07), device=device))
     parameters = [*towers.parameters(), *eye.parameters(), *heads.parameters(), temperature]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -184,26 +204,41 @@ def make_text_encoders(out, device, steps=700, batch=256, lr=1e-3, seed=1):
             group["lr"] = cosine(step, steps, lr)
         items = [data[i] for i in range(step * batch, (step + 1) * batch)]
         captions = [caption for _, caption in items]
+        wrong = [
+            negative for i, c in enumerate(captions) for negative in hard_negatives(c, np.random.default_rng((step, i)))
+        ]
         pictures = to_tensor([picture for picture, _ in items]).to(device, memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16):
             seen = eye(pictures)
         # Equal captions are equally right: the target spreads over them.
         same = torch.tensor([[a == b for b in captions] for a in captions]).float().to(device)
         target = same / same.sum(1, keepdim=True)
-        loss = 0
+        loss, told = 0, []
         for k, (tokenizer, tower) in enumerate(zip(tokenizers, towers, strict=True)):
-            ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(device)
+            # All captions are short: what lies behind the 16th token is padding, and causal attention never looks ahead.
+            ids = tokenizer(captions + wrong, padding="max_length", return_tensors="pt").input_ids[:, :16].to(device)
+            end = (ids == vocabulary - 1).int().argmax(1)
             with torch.autocast(device.type, torch.bfloat16):
-                text = F.normalize(tower(ids).text_embeds.float(), dim=-1)
+                states = tower(ids, output_hidden_states=True).hidden_states
                 image = F.normalize(heads[k](seen).float(), dim=-1)
-            logits = temperature[k].exp().clamp(max=100) * image @ text.T
-            loss = loss + 0.25 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+            for state in states[-2:]:
+                with torch.autocast(device.type, torch.bfloat16):
+                    summary = tower.text_projection(
+                        tower.text_model.final_layer_norm(state[torch.arange(len(ids)), end])
+                    )
+                text = F.normalize(summary.float(), dim=-1)
+                scale = temperature[k].exp().clamp(max=100)
+                logits = scale * image @ text[:batch].T  # (B, B)
+                negative = scale * (image[:, None] * text[batch:].unflatten(0, (batch, -1))).sum(-1)  # (B, 3)
+                wide = torch.cat([logits, negative], dim=1)
+                loss = loss + 0.125 * F.cross_entropy(wide, F.pad(target, (0, negative.shape[1])))
+                loss = loss + 0.125 * F.cross_entropy(logits.T, target)
+                told.append((logits.diagonal() > negative.max(1).values).float().mean().item())
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        right = same.gather(1, logits.argmax(1, keepdim=True)).mean().item()
-        bar.set_postfix(loss=f"{loss.item():.2f}", right=f"{right:.2f}", refresh=False)
+        bar.set_postfix(loss=f"{loss.item():.2f}", told_apart=f"{told[-1]:.2f}", refresh=False)
     for name, tower in zip(("text_encoder", "text_encoder_2"), towers, strict=True):
         save_part(tower.cpu(), out / name)
 
