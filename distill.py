@@ -63,6 +63,7 @@ from train_fm import (
     PROMPTS,
     draw_samples,
     learning_rate,
+    make_optimizers,
     noisy_batch,
     open_data,
     predict,
@@ -176,20 +177,20 @@ def train(args, out):
             theirs, ours = teacher(x_t, t, ids)[1][0], seen.pop()
         phi = Projector(ours.shape[1], ours.shape[2], theirs.shape[1], theirs.shape[2]).to(device)
     parameters = [*model.parameters(), *phi.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizers = make_optimizers(nn.ModuleList([model, phi]), args.lr, args.optimizer)
     forward = torch.compile(model) if args.compile else model
     for block in teacher.net.transformer_blocks if args.compile and with_teacher else ():
         block.compile()
 
-    settings = {name: getattr(args, name) for name in ("size", "init", "data", "resolution", "steps", "batch", "lr", "seed",
-                "losses", "weighting", "out_weight", "feat_weight", "teacher_guidance", "student_layer",
-                "teacher_layer")}  # fmt: skip
+    names = "size init data resolution steps batch lr optimizer seed losses weighting out_weight feat_weight"
+    names += " teacher_guidance student_layer teacher_layer"
+    settings = {name: getattr(args, name) for name in names.split()}
     settings |= {
         "pictures": pictures_name,
         "teacher": encoders.fingerprint(*encoders.parts, *(["transformer"] if with_teacher else [])),
     }
     networks = {"model": model, "ema": ema, "phi": phi}
-    start_step = load_state(out, settings, optimizer, **networks) if args.resume else 0
+    start_step = load_state(out, settings, optimizers, **networks) if args.resume else 0
     log = Log(out / "log.csv", start_step)
     config = {**student_config, "stage": "distill", "encoders": args.teacher, "settings": settings,
               "machine": describe_machine(device)}  # fmt: skip
@@ -201,7 +202,7 @@ def train(args, out):
     bar = tqdm(range(start_step, args.steps), initial=start_step, total=args.steps, desc="stage 2", mininterval=1)
     bins, seen_values, begin = torch.zeros(len(LEVELS) + 1, BINS), {}, time.time()
     for step in bar:
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate(step, args.steps, args.lr)
 
         x_t, t, v, ids = noisy_batch(data, args.seed, step, args.batch, shift, caption_dropout)
@@ -225,8 +226,9 @@ def train(args, out):
         grad_norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         if not torch.isfinite(grad_norm):
             stop_on_nan(step, out, args.lr)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         update_ema(ema, model, step)
 
         # What was measured: each loss by itself and by time, the ratios of S, the agreement with the teacher.
@@ -257,7 +259,7 @@ def train(args, out):
             draw_samples(out, step + 1, ema, encoders, prompts, data.latents.shape[1:], sampling, args.seed)
             plot(log, out / "loss.png")
             save_network(out, ema, {**config, "step": step + 1, "pictures_seen": (step + 1) * args.batch})
-            save_state(out, step + 1, settings, optimizer, **networks)
+            save_state(out, step + 1, settings, optimizers, **networks)
     print(f"{out}: model.safetensors, config.json, log.csv, loss.png, samples/progress.png")
 
 
@@ -453,6 +455,9 @@ def parse_arguments(argv=None):
     p.add_argument("--steps", type=int, default=2500, help="training steps")
     p.add_argument("--batch", type=int, default=64, help="pictures a step")
     p.add_argument("--lr", type=float, default=5e-4, help="learning rate after the warm-up")
+    p.add_argument(
+        "--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for the transformers' matrices"
+    )
     p.add_argument("--seed", type=int, default=0, help="of phi, noise, timesteps and the data's order")
     # writing and system
     p.add_argument("--out", metavar="DIR", type=Path, help="default: runs/distill, or runs/distill-ablate")

@@ -5,6 +5,7 @@ One class builds all of it: `UNetConfig` has a switch for each panel of Fig. 2, 
     python model.py            # the ladder and Table 1: parameters and MACs beside the paper's figures
     python model.py --json     # the same as one JSON object
     python model.py --speed    # training pictures a second of each ladder step on this CPU
+    python model.py --speed --compile --steps a f       # the first and the last one, through torch.compile
 
     x_t (B, 16, H, W) ----> conv_in                                                         conv_out ---> v (B, 16, H, W)
                               |                                                                 ^
@@ -456,7 +457,7 @@ TABLE_1 = (("LDM-4", 400, 104, 3.60), ("U-ViT-L", 287, 77, 3.40), ("U-ViT-H", 50
            ("SiT-XL", 675, 119, 2.06), ("SnapGen", 372, 38, 2.06))  # fmt: skip
 
 
-def training_speed(steps, batch=64, side=8, tokens=13, rounds=7):
+def training_speed(steps, batch=64, side=8, tokens=13, rounds=7, compiled=False):
     """Training pictures a second (forward, backward, AdamW) of ladder steps at the widths of --size tiny, on the CPU.
 
     The longest captions of the shapes world have 13 tokens. The steps take turns, so that a machine that slows down slows
@@ -467,6 +468,8 @@ def training_speed(steps, batch=64, side=8, tokens=13, rounds=7):
     for step in steps:
         cfg = ladder(step, PRESETS["tiny"])
         net = UNet(cfg).to(memory_format=torch.channels_last)
+        if compiled:
+            net.compile()
         turns[step] = (net, torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True), cfg, [])
     for _ in range(rounds + 1):  # the first round warms up
         for net, optimizer, cfg, seconds in turns.values():
@@ -485,17 +488,22 @@ def main(argv=None):
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     parser.add_argument("--speed", action="store_true", help="time training on this CPU, ladder steps at tiny widths")
     parser.add_argument("--batch", type=int, default=64, help="pictures a step, for --speed (default: 64)")
+    parser.add_argument(
+        "--steps", nargs="+", choices=LADDER, default=list(LADDER), help="ladder steps, for --speed (default: all)"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="for --speed: torch.compile each first, some minutes a step"
+    )
     args = parser.parse_args(argv)
     if args.speed:
-        print(
-            f"Training at the widths of --size tiny, batch {args.batch}, 8x8 latents, {torch.get_num_threads()} threads, fp32:"
-        )
-        speed = training_speed(list(LADDER), args.batch)
+        print(f"Training at the widths of --size tiny, batch {args.batch}, 8x8 latents, {torch.get_num_threads()} threads, fp32"
+              f"{', compiled' if args.compile else ''}:")  # fmt: skip
+        speed = training_speed(args.steps, args.batch, compiled=args.compile)
+        first = args.steps[0]
         for step, rate in speed.items():
             params, macs, _ = count(ladder(step, PRESETS["tiny"]), 8, 13)
-            print(
-                f"{step:5}{params / 1e6:8.2f} M{macs / 1e6:8.1f} MMACs{rate:8.1f} pictures/s{rate / speed['a']:8.2f} x a"
-            )
+            print(f"{step:5}{params / 1e6:8.2f} M{macs / 1e6:8.1f} MMACs{rate:8.1f} pictures/s"
+                  f"{rate / speed[first]:8.2f} x {first}")  # fmt: skip
         return
 
     rows = []
