@@ -260,7 +260,9 @@ class FeedForward(nn.Module):
         self.proj_out = nn.Linear(cfg.ffn_ratio * channels, channels)
 
     def forward(self, x):
-        value, gate = self.proj_in(x).chunk(2, dim=-1)
+        # Two products with the halves of one weight: halves of one product would lie apart in memory, and cost a quarter more.
+        halves = zip(self.proj_in.weight.chunk(2), self.proj_in.bias.chunk(2), strict=True)
+        value, gate = (F.linear(x, weight, bias) for weight, bias in halves)
         return self.proj_out(value * F.gelu(gate))
 
 

@@ -50,7 +50,7 @@ from checkpoint import load_state, pick_device, save_json, save_state
 from data import encode_dataset, rng, to_tensor
 from encoders import FrozenEncoders
 from evaluate import falsify
-from shapes import COLORS, SHAPES, SIDE, ShapesWorld, parse_caption, write_caption
+from shapes import COLORS, SHAPES, SIDE, ShapesWorld, make_scene, parse_caption, write_caption
 from teacher import T5_TOKENS, WeightedTextAttention
 from train_fm import update_ema
 
@@ -146,20 +146,43 @@ def make_tokenizers(out, vocabulary=1536, max_tokens=24):
     return len(vocab)
 
 
-class PictureTower(nn.Module):
-    """A small convolutional network: pictures (B, 3, 64, 64) -> features (B, 512). Used here only, never saved."""
+def describe(scene):
+    """What CLIP's picture tower would have to see, from the scene itself: (148,) numbers.
 
-    def __init__(self):
-        super().__init__()
-        layers, channels = [nn.AvgPool2d(2)], 3
-        for width in (32, 64, 128):
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
-                       nn.Conv2d(width, width, 3, padding=1, stride=2), nn.BatchNorm2d(width), nn.ReLU()]  # fmt: skip
-            channels = width
-        self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 16, 512), nn.ReLU())
+    Which color-shape pairs there are and how many, which shape is on which side of which, how many of each shape.
+    """
+    pairs, sides, counts = torch.zeros(6, 4), torch.zeros(4, 4, 4), torch.zeros(4, 5)
+    for a in scene.things:
+        pairs[list(COLORS).index(a.color), SHAPES.index(a.shape)] += 1
+        for b in scene.things:
+            if a is not b:
+                dx, dy = b.x - a.x, b.y - a.y
+                side = (0 if dx > 0 else 1) if abs(dx) > abs(dy) else (2 if dy > 0 else 3)
+                sides[SHAPES.index(a.shape), SHAPES.index(b.shape), side] = 1
+    for i, shape in enumerate(SHAPES):
+        counts[i, sum(thing.shape == shape for thing in scene.things)] = 1
+    features = (pairs.clamp(max=1), pairs / 2, sides, sides.amax(1), counts)
+    return torch.cat([f.flatten() for f in features])
 
-    def forward(self, x):
-        return self.net(x)
+
+def readings(caption, tokens):
+    """What a caption says, as classes for the read-outs of make_text_encoders; -100 where there is nothing to tell.
+
+    at each noun (tokens,): its color (6: none named); at the second noun (tokens,): its side of the first (4: none named);
+    at the end, for each shape (4,): color, side, count. Every word of these captions is one token.
+    """
+    phrases, relation = parse_caption(caption)
+    side_of = {"left of": (0, 1), "right of": (1, 0), "above": (2, 3), "below": (3, 2), None: (4, 4)}[relation]
+    color_here, side_here = torch.full((2, tokens), -100)
+    color, side, count = torch.full((4,), -100), torch.full((4,), -100), torch.zeros(4, dtype=torch.long)
+    nouns = [i + 1 for i, word in enumerate(caption.split()) if word.removesuffix("s") in SHAPES]
+    for k, (noun, phrase) in enumerate(zip(nouns, phrases, strict=True)):
+        shape = SHAPES.index(phrase.shape)
+        color_here[noun] = color[shape] = list(COLORS).index(phrase.color) if phrase.color else 6
+        side[shape], count[shape] = side_of[k], phrase.count
+        if k == 1:
+            side_here[noun] = side_of[k]
+    return color_here, side_here, color, side, count
 
 
 def hard_negatives(caption, rng, n=3):
@@ -174,14 +197,16 @@ def hard_negatives(caption, rng, n=3):
     return wrong + [falsify(caption, rng) for _ in range(n - len(wrong))]
 
 
-def make_text_encoders(out, device, steps=1000, batch=256, lr=1e-3, seed=1):
-    """Two CLIP text models, trained as CLIP is: every caption must find its picture among the batch's, and back.
+def make_text_encoders(out, device, steps=500, batch=128, lr=3e-3, seed=1):
+    """Two CLIP text models, trained as CLIP is: every caption must find its scene among the batch's, and back.
 
-    With hard negatives as NegCLIP (arXiv 2210.01936): a picture must also tell its caption from three that differ in one
-    word or in their order. Without them CLIP learns which words there are and not which belongs to which, and no diffusion
-    model learns position from its states. The loss is taken at the last layer and at the one before, whose states are used.
+    CLIP trained so learns which words there are, not which belongs to which: after hundreds of steps "a red circle and a blue
+    star" and its swap were still one to it, and no diffusion model learned position from its states. SD3 has T5 for that; T5
+    is not to be made in an afternoon. So there are two helps. Hard negatives (NegCLIP, arXiv 2210.01936): a scene must also
+    tell its caption from three that differ in one word or in their order. Read-outs, linear and not saved: the states that the
+    diffusion models get (the layer before last) must tell each noun's color and side, and at the end the whole caption.
     """
-    vocabulary = make_tokenizers(out)
+    vocabulary, length = make_tokenizers(out), 16  # what lies behind 16 tokens is padding in every caption
     tokenizers = [CLIPTokenizer.from_pretrained(out / name) for name in ("tokenizer", "tokenizer_2")]
     torch.manual_seed(seed)
     towers = nn.ModuleList()
@@ -191,54 +216,59 @@ def make_text_encoders(out, device, steps=1000, batch=256, lr=1e-3, seed=1):
             num_hidden_layers=3, num_attention_heads=width // 32, max_position_embeddings=tokenizers[0].model_max_length,
             hidden_act=activation, bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1,
             pad_token_id=vocabulary - 1 if width == 64 else 0)))  # fmt: skip
-    towers.to(device)
-    eye = PictureTower().to(device, memory_format=torch.channels_last)
-    heads = nn.ModuleList(nn.Linear(512, width) for width in (64, 96)).to(device)
-    temperature = nn.Parameter(torch.full((2,), math.log(1 / 0.07), device=device))
-    parameters = [*towers.parameters(), *eye.parameters(), *heads.parameters(), temperature]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    data = ShapesWorld("train", seed, steps * batch)
+        towers[-1].text_model.embeddings.position_embedding.weight.data.mul_(4)  # order matters here
+    scene_tower = nn.ModuleList(nn.Sequential(nn.Linear(148, 512), nn.ReLU(), nn.Linear(512, w)) for w in (64, 96))
+    readouts = nn.ModuleList(nn.ModuleList(nn.Linear(w, n) for n in (7, 5, 4 * 7, 4 * 5, 4 * 5)) for w in (64, 96))
+    temperature = nn.Parameter(torch.full((2,), math.log(1 / 0.07)))
+    everything = nn.ModuleList([towers, scene_tower, readouts, nn.ParameterList([temperature])]).to(device)
+    matrices = [w for name, w in towers.named_parameters() if w.dim() == 2 and ".layers." in name]
+    others = [w for w in everything.parameters() if not any(w is matrix for matrix in matrices)]
+    optimizers = [
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+    ]
+    families = ["single", "two", "counting", "counting", "colors"] + 4 * ["position"] + 3 * ["attribution"]
     bar = tqdm(range(steps), desc="text encoders", mininterval=1)
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(step, steps, lr)
-        items = [data[i] for i in range(step * batch, (step + 1) * batch)]
-        captions = [caption for _, caption in items]
-        wrong = [
-            negative for i, c in enumerate(captions) for negative in hard_negatives(c, np.random.default_rng((step, i)))
-        ]
-        pictures = to_tensor([picture for picture, _ in items]).to(device, memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
-            seen = eye(pictures)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = lr * min(1, (step + 1) / 30) * min(1, (steps - step) / (0.4 * steps))
+        chance = np.random.default_rng((seed, step))
+        scenes = [make_scene("train", seed, step * batch + i, str(chance.choice(families))) for i in range(batch)]
+        captions = [scene.caption for scene in scenes]
+        wrong = [negative for caption in captions for negative in hard_negatives(caption, chance)]
+        described = torch.stack([describe(scene) for scene in scenes]).to(device)
+        said = [torch.stack(column).to(device) for column in zip(*(readings(c, length) for c in captions), strict=True)]
         # Equal captions are equally right: the target spreads over them.
         same = torch.tensor([[a == b for b in captions] for a in captions]).float().to(device)
         target = same / same.sum(1, keepdim=True)
         loss, told = 0, []
         for k, (tokenizer, tower) in enumerate(zip(tokenizers, towers, strict=True)):
-            # All captions are short: what lies behind the 16th token is padding, and causal attention never looks ahead.
-            ids = tokenizer(captions + wrong, padding="max_length", return_tensors="pt").input_ids[:, :16].to(device)
+            ids = (
+                tokenizer(captions + wrong, padding="max_length", return_tensors="pt").input_ids[:, :length].to(device)
+            )
             end = (ids == vocabulary - 1).int().argmax(1)
-            with torch.autocast(device.type, torch.bfloat16):
-                states = tower(ids, output_hidden_states=True).hidden_states
-                image = F.normalize(heads[k](seen).float(), dim=-1)
-            for state in states[-2:]:
-                with torch.autocast(device.type, torch.bfloat16):
-                    summary = tower.text_projection(
-                        tower.text_model.final_layer_norm(state[torch.arange(len(ids)), end])
-                    )
-                text = F.normalize(summary.float(), dim=-1)
+            states = tower(ids, output_hidden_states=True).hidden_states
+            scene = F.normalize(scene_tower[k](described), dim=-1)
+            for state in states[-2:]:  # the contrastive loss at the last layer, and at the one whose states are used
+                summary = tower.text_projection(tower.text_model.final_layer_norm(state[torch.arange(len(ids)), end]))
+                text = F.normalize(summary, dim=-1)
                 scale = temperature[k].exp().clamp(max=100)
-                logits = scale * image @ text[:batch].T  # (B, B)
-                negative = scale * (image[:, None] * text[batch:].unflatten(0, (batch, -1))).sum(-1)  # (B, 3)
+                logits = scale * scene @ text[:batch].T  # (B, B)
+                negative = scale * (scene[:, None] * text[batch:].unflatten(0, (batch, -1))).sum(-1)  # (B, 3)
                 wide = torch.cat([logits, negative], dim=1)
-                loss = loss + 0.125 * F.cross_entropy(wide, F.pad(target, (0, negative.shape[1])))
-                loss = loss + 0.125 * F.cross_entropy(logits.T, target)
+                loss = loss + F.cross_entropy(wide, F.pad(target, (0, 3))) / 4 + F.cross_entropy(logits.T, target) / 4
                 told.append((logits.diagonal() > negative.max(1).values).float().mean().item())
+            used = states[-2][:batch]
+            at_end = used[torch.arange(batch), end[:batch]]
+            for r, (readout, classes) in enumerate(zip(readouts[k], said, strict=True)):
+                guess = readout(used) if r < 2 else readout(at_end).unflatten(1, (4, -1))
+                loss = loss + F.cross_entropy(guess.flatten(0, 1), classes.flatten())
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        bar.set_postfix(loss=f"{loss.item():.2f}", told_apart=f"{told[-1]:.2f}", refresh=False)
+        nn.utils.clip_grad_norm_(everything.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        bar.set_postfix(loss=f"{loss.item():.2f}", told_apart=f"{min(told):.2f}", refresh=False)
     for name, tower in zip(("text_encoder", "text_encoder_2"), towers, strict=True):
         save_part(tower.cpu(), out / name)
 
@@ -258,7 +288,7 @@ def object_map(scene, cells=4):
     return target.flatten(0, 1).clamp(max=1)
 
 
-def make_teacher(out, device, steps=16_000, batch=64, lr=1e-3, pictures=60_000, seed=2, compiled=False):
+def make_teacher(out, device, steps=8000, batch=64, lr=1e-3, pictures=60_000, seed=2, compiled=False, init=None):
     """transformer/: the MMDiT, by flow matching on the frozen autoencoder's latents with the frozen CLIPs' states.
 
     A second loss helps it to learn composition sooner: a linear read-out of its fourth block must tell what is where
@@ -281,6 +311,8 @@ def make_teacher(out, device, steps=16_000, batch=64, lr=1e-3, pictures=60_000, 
     for name, parameter in model.named_parameters():  # as DiT: every block starts as the identity
         if "norm1" in name or "norm_out" in name or name.startswith("proj_out"):
             nn.init.zeros_(parameter)
+    if init:
+        model.load_state_dict(SD3Transformer2DModel.from_pretrained(init, torch_dtype=torch.float32).state_dict())
     ema = copy.deepcopy(model).requires_grad_(False)
     model.set_attn_processor(WeightedTextAttention(T5_TOKENS))
     readout, seen = nn.Linear(128, len(COLORS) * len(SHAPES)).to(device), []
@@ -306,7 +338,7 @@ def make_teacher(out, device, steps=16_000, batch=64, lr=1e-3, pictures=60_000, 
         index, g = data.indices(seed, step, batch), rng(seed, step)
         x0, ids = data.latents[index].float(), data.caption_ids[index]
         ids = torch.where(torch.rand(batch, generator=g) < 0.1, 0, ids).to(device)
-        t = flow.logit_normal_timesteps(batch, shift=3.0, generator=g)
+        t = flow.logit_normal_timesteps(batch, shift=4.0, generator=g)  # the layout is decided near t = 1
         eps = torch.randn(x0.shape, generator=g)
         x_t, v, t = flow.interpolate(x0, eps, t).to(device), flow.velocity(x0, eps).to(device), t.to(device)
         predicted = model(
@@ -374,6 +406,9 @@ def main(argv=None):
     p.add_argument("--only", choices=("vae", "text", "teacher"), help="make this part alone")
     p.add_argument("--force", action="store_true", help="make parts again that are there already")
     p.add_argument("--steps", type=int, help="training steps of the part named by --only, if not its own number")
+    p.add_argument(
+        "--init", metavar="DIR", help="start the teacher from an earlier transformer/ folder, not from nothing"
+    )
     p.add_argument("--device", help="cuda, mps or cpu; chosen by itself if not given")
     p.add_argument(
         "--compile", action="store_true", help="torch.compile the teacher's blocks: a minute, then twice as fast"
@@ -391,7 +426,10 @@ def main(argv=None):
     makers = {
         "vae": (["vae"], lambda: make_autoencoder(args.out, device, **steps)),
         "text": (["text_encoder", "text_encoder_2"], lambda: make_text_encoders(args.out, device, **steps)),
-        "teacher": (["transformer"], lambda: make_teacher(args.out, device, compiled=args.compile, **steps)),
+        "teacher": (
+            ["transformer"],
+            lambda: make_teacher(args.out, device, compiled=args.compile, init=args.init, **steps),
+        ),
     }
     for name, (folders, make) in makers.items():
         if args.only in (None, name):

@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from assets.make_toy_sd3 import object_map
+from assets.make_toy_sd3 import hard_negatives, object_map
 from data import to_pictures, to_tensor
 from encoders import FrozenEncoders, pad_text
-from shapes import ShapesWorld, make_scene
+from evaluate import detect, holds
+from shapes import FAMILIES, ShapesWorld, family_of, make_scene
 from teacher import WeightedTextAttention
 
 TOY = Path(__file__).parent.parent / "assets" / "toy-sd3"
@@ -104,6 +106,20 @@ def test_one_weighted_token_is_256_equal_tokens():
         net.set_attn_processor(WeightedTextAttention(256))
         short = net(x, torch.cat([text, torch.zeros(2, 1, 48)], 1), pooled, t).sample
     assert torch.allclose(long, short, atol=1e-5) and not torch.allclose(long, without, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hard_negatives_are_false_of_the_picture(family):
+    """The detector, which looks at the pixels, agrees."""
+    rng, world = np.random.default_rng(0), ShapesWorld("val", 3, 20, family)
+    for i in range(len(world)):
+        picture, caption = world[i]
+        wrong = hard_negatives(caption, rng)
+        assert len(wrong) == 3 and caption not in wrong and all(family_of(text) for text in wrong)
+        found = detect(picture)
+        assert holds(caption, found) and not any(holds(text, found) for text in wrong)
+    if family in ("position", "attribution"):
+        assert sorted(wrong[0].split()) == sorted(caption.split())  # the same words in another order
 
 
 def test_object_map_covers_the_objects():

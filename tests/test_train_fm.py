@@ -17,6 +17,7 @@ from PIL import Image
 
 import checkpoint
 import train_fm
+from model import PRESETS, UNet
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--pictures", "64", "--batch", "8", "--device", "cpu"]
@@ -174,6 +175,25 @@ def test_noise_depends_on_seed_and_step_alone_and_captions_are_dropped():
     assert (a[3] == 0).float().mean().item() == pytest.approx(0.1, abs=0.02)
     x_t, t, v, _ = a
     assert torch.allclose(x_t, t.view(-1, 1, 1, 1) * v, atol=1e-6)  # with x_0 = 0: x_t = t eps, v = eps
+
+
+def test_muon_takes_the_matrices_of_the_transformers_and_adamw_all_else(home):
+    model = UNet(PRESETS["tiny"])
+    adamw, muon = train_fm.make_optimizers(model, 1e-3, "muon")
+    groups = [{id(w) for group in optimizer.param_groups for w in group["params"]} for optimizer in (adamw, muon)]
+    assert not groups[0] & groups[1] and groups[0] | groups[1] == {id(w) for w in model.parameters()}
+    names = [name for name, w in model.named_parameters() if id(w) in groups[1]]
+    assert all(".blocks." in name and name.endswith("weight") for name in names) and len(names) > 100
+    assert len(train_fm.make_optimizers(model, 1e-3, "adamw")) == 1
+    arguments = [*SMALL, "--optimizer", "muon", "--steps", "2", "--save-every", "1", "--out"]
+    train_fm.main([*arguments, "runs/muon"])
+    save = train_fm.save_state
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_fm, "save_state", lambda *a, **k: (save(*a, **k), (_ for _ in ()).throw(KeyboardInterrupt)))
+        train_fm.main([*arguments, "runs/muon-resumed"])
+    train_fm.main([*arguments, "runs/muon-resumed", "--resume"])
+    files = [(home / "runs" / name / "model.safetensors").read_bytes() for name in ("muon", "muon-resumed")]
+    assert files[0] == files[1]
 
 
 def test_learning_rate_rises_stays_and_falls():
