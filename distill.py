@@ -456,7 +456,7 @@ def parse_arguments(argv=None):
     p.add_argument("--batch", type=int, default=64, help="pictures a step")
     p.add_argument("--lr", type=float, default=5e-4, help="learning rate after the warm-up")
     p.add_argument(
-        "--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for the transformers' matrices"
+        "--optimizer", choices=("adamw", "muon"), help="default: muon for --size tiny, adamw for the paper's"
     )
     p.add_argument("--seed", type=int, default=0, help="of phi, noise, timesteps and the data's order")
     # writing and system
@@ -473,6 +473,7 @@ def parse_arguments(argv=None):
     for name in ("steps", "batch", "pictures", "save_every", "seeds", "per_family"):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
+    args.optimizer = args.optimizer or ("muon" if args.size == "tiny" else "adamw")
     args.resolution = args.resolution or {"tiny": 64, "imagenet": 256, "t2i": 1024}[args.size]
     args.out = args.out or Path("runs/distill-ablate" if args.ablate else "runs/distill")
     return args

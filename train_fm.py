@@ -11,8 +11,8 @@ Writes runs/fm: model.safetensors (EMA weights) and config.json for sample.py an
 log.csv, loss.png, samples/. Every random number comes from (--seed, step): stop it at any moment, run the same command
 with --resume, and the weights end bit for bit as if it had never stopped (CPU, same number of threads).
 
-Differences from the paper [A]: AdamW with warm-up and linear decay, shift 3 at every size, text dropped 10 % of the time;
-the paper's private data, its batch sizes and its learning rate for this stage are not public.
+Differences from the paper [A]: Muon for the transformers' matrices at class scale, AdamW else, with warm-up and linear decay;
+shift 3 at every size; text dropped 10 % of the time. The paper's data, batch sizes and learning rate here are not public.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def parse_arguments(argv=None):
     p.add_argument("--batch", type=int, default=64, help="pictures a step")
     p.add_argument("--lr", type=float, default=1e-3, help="learning rate after the warm-up")
     p.add_argument(
-        "--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for the transformers' matrices"
+        "--optimizer", choices=("adamw", "muon"), help="default: muon for --size tiny, adamw for the paper's"
     )
     p.add_argument("--seed", type=int, default=0, help="of weights, noise, timesteps and the data's order")
     # writing
@@ -88,6 +88,7 @@ def parse_arguments(argv=None):
     for name in ("steps", "batch", "pictures", "save_every"):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
+    args.optimizer = args.optimizer or ("muon" if args.size == "tiny" else "adamw")
     args.resolution = args.resolution or {"tiny": 64, "imagenet": 256, "t2i": 1024}[args.size]
     if args.resolution < 32 or args.resolution % 32:  # 8 pixels a latent cell, and the UNet halves the latent twice
         raise SystemExit(f"--resolution must be a multiple of 32, not {args.resolution}.")
@@ -152,7 +153,7 @@ def make_optimizers(model, lr, kind):
     """AdamW for all weights; or, with kind "muon", Muon for the matrices of the transformer blocks and AdamW for the rest.
 
     Muon makes the step of a matrix orthogonal, so that no direction starves; AdamW scales each number by itself. At class
-    scale it learns in about half the steps [A]. `match_rms_adamw` lets both use one learning rate.
+    scale it learns faster [A]. `match_rms_adamw` lets both use one learning rate.
     """
     matrices = (
         [w for name, w in model.named_parameters() if w.dim() == 2 and ".blocks." in name] if kind == "muon" else []
