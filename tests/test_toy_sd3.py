@@ -1,5 +1,6 @@
 """assets/toy-sd3 is what it claims to be, and our encoders read it as diffusers does."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -137,5 +138,12 @@ def test_a_wrong_folder_ends_in_one_sentence(tmp_path):
         FrozenEncoders(tmp_path)
     for part in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
         (tmp_path / part).mkdir()
-    with pytest.raises(SystemExit, match="cannot read the encoders"):
+    with pytest.raises(SystemExit, match="holds no autoencoder"):
+        FrozenEncoders(tmp_path)
+    (tmp_path / "vae" / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="cannot read the autoencoder"):
+        FrozenEncoders(tmp_path)
+    shutil.rmtree(tmp_path / "vae")
+    (tmp_path / "vae").symlink_to(TOY / "vae")
+    with pytest.raises(SystemExit, match="cannot read the text encoders"):
         FrozenEncoders(tmp_path)
