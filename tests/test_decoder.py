@@ -81,6 +81,14 @@ def test_every_variant_decodes_and_learns(name):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
+def test_upsampling_without_the_large_picture_is_the_same():
+    torch.manual_seed(0)
+    up, x = decoder.Upsample(6, 4).double(), torch.randn(2, 6, 5, 7, dtype=torch.double)
+    with torch.no_grad():
+        expected, merged = up.train()(x), up.eval()(x)
+    assert expected.shape == (2, 4, 10, 14) and (expected - merged).abs().max() < 1e-12
+
+
 def test_each_switch_costs_what_it_should():
     side, tiny = 8, decoder.PRESETS["tiny"]
     ours = decoder.count_decoder(tiny, side)
