@@ -18,20 +18,9 @@ import decoder
 import sample
 from encoders import FrozenAutoencoder
 
+pytestmark = pytest.mark.usefixtures("at_home")
 ROOT = Path(__file__).parent.parent
 SMALL = ["--batch", "2", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("home")
-    (folder / "assets").symlink_to(ROOT / "assets")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def at_home(home, monkeypatch):
-    monkeypatch.chdir(home)
 
 
 @pytest.fixture(scope="module")

@@ -21,20 +21,9 @@ from encoders import FrozenEncoders
 from sample import draw_pictures
 from teacher import Teacher
 
+pytestmark = pytest.mark.usefixtures("at_home")
 ROOT = Path(__file__).parent.parent
 SMALL = ["--pictures", "64", "--batch", "4", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("home")
-    (folder / "assets").symlink_to(ROOT / "assets")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def at_home(home, monkeypatch):
-    monkeypatch.chdir(home)
 
 
 @pytest.fixture(scope="module")

@@ -19,21 +19,9 @@ import checkpoint
 import train_fm
 from model import PRESETS, UNet
 
+pytestmark = pytest.mark.usefixtures("at_home")
 ROOT = Path(__file__).parent.parent
 SMALL = ["--pictures", "64", "--batch", "8", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A working folder with the project's assets, so that runs/ of the project stays as it is."""
-    folder = tmp_path_factory.mktemp("home")
-    (folder / "assets").symlink_to(ROOT / "assets")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def at_home(home, monkeypatch):
-    monkeypatch.chdir(home)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,18 @@
+"""Fixtures that the tests of several stages share."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A working folder with the project's assets, so that runs/ of the project stays as it is."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "assets").symlink_to(Path(__file__).parent.parent / "assets")
+    return folder
+
+
+@pytest.fixture
+def at_home(home, monkeypatch):
+    monkeypatch.chdir(home)
