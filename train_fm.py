@@ -90,8 +90,6 @@ def parse_arguments(argv=None):
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
     args.optimizer = args.optimizer or ("muon" if args.size == "tiny" else "adamw")
     args.resolution = args.resolution or {"tiny": 64, "imagenet": 256, "t2i": 1024}[args.size]
-    if args.resolution < 32 or args.resolution % 32:  # 8 pixels a latent cell, and the UNet halves the latent twice
-        raise SystemExit(f"--resolution must be a multiple of 32, not {args.resolution}.")
     return args
 
 
@@ -102,6 +100,8 @@ def learning_rate(step, steps, peak, warmup=200):
 
 def open_data(args, encoders):
     """(training data, validation data, name): --data or the shapes world as data.Latents, through the frozen encoders."""
+    if args.resolution < 32 or args.resolution % 32:  # 8 pixels a latent cell, and the UNet halves the latent twice
+        raise SystemExit(f"--resolution must be a multiple of 32, not {args.resolution}.")
     if args.data:
         pictures, validation = CaptionedFolder(args.data, args.resolution).split()
     else:
