@@ -111,16 +111,37 @@ class Block(nn.Module):
             first = [nn.GroupNorm(cfg.groups, c_in), nn.SiLU(), *first]
         self.body = nn.Sequential(*first, *norm, *second)
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()  # (5): always the identity
+        self.in_strips = cfg.separable and not cfg.norm_everywhere  # the ablation's blocks are not worth a second way
 
     def forward(self, x):
-        return self.shortcut(x) + self.body(x)
+        if not (self.in_strips and only_drawing(self)):
+            return self.shortcut(x) + self.body(x)
+        # The same with two pictures in memory, x and h, where the line above needs three. The three convolutions before the norm
+        # see two rows up and down; the norm needs the whole picture, but only for its mean and deviation.
+        convolutions, norm, last = self.body[:3], self.body[3], self.body[5]
+        h = by_strips(convolutions, x, halo=2)
+        strips = [slice(top, top + STRIP) for top in range(0, h.shape[2], STRIP)]
+
+        def over_groups(
+            sums,
+        ):  # sums over the pixels of each channel, (B, C) -> means over the group of each, (B, C, 1, 1)
+            means = sums.unflatten(1, (norm.num_groups, -1)).mean(2, keepdim=True) / (h.shape[2] * h.shape[3])
+            return means.expand(-1, -1, h.shape[1] // norm.num_groups).flatten(1)[..., None, None]
+
+        mean = over_groups(h.sum((2, 3)))
+        variance = over_groups(sum((h[:, :, rows] - mean).square().sum((2, 3)) for rows in strips))
+        gain = norm.weight[:, None, None] / (variance + norm.eps).sqrt()
+        offset = norm.bias[:, None, None] - mean * gain
+        for rows in strips:
+            h[:, :, rows] = self.shortcut(x[:, :, rows]) + last(F.silu(torch.addcmul(offset, h[:, :, rows], gain)))
+        return h
 
 
 class Upsample(nn.Module):
     """(B, c_in, H, W) -> (B, c_out, 2H, 2W): nearest neighbour, then a full 3x3 convolution that changes the channels.
 
-    After eval() the same is computed without the large picture in between, which alone would be 671 MB at 1024 pixels: each of
-    the four output pixels over an input pixel sees a kernel of its own, made of sums of the nine weights.
+    When only drawing, the same is computed without the large picture in between, which alone would be 671 MB at 1024 pixels: each
+    of the four output pixels over an input pixel sees a kernel of its own, made of sums of the nine weights.
     """
 
     def __init__(self, c_in, c_out):
@@ -128,16 +149,42 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(c_in, c_out, 3, padding=1)
 
     def forward(self, x):
-        if self.training or torch.jit.is_tracing():
+        if not only_drawing(self):
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         # Kernel rows 0, 1, 2 of an even output row fall on input rows -1, 0, 0; of an odd one on 0, 0, 1. Columns likewise.
-        falls = torch.tensor([[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]]).to(
-            self.conv.weight
+        falls = torch.tensor([[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]])
+        falls = falls.to(self.conv.weight)
+        kernels = torch.einsum("prk,qsl,oikl->opqirs", falls, falls, self.conv.weight)
+        kernels, bias = kernels.flatten(0, 2), self.conv.bias.repeat_interleave(4)  # (4 c_out, c_in, 3, 3)
+        return by_strips(
+            lambda strip: F.pixel_shuffle(F.conv2d(strip, kernels, bias, padding=1), 2), x, halo=1, scale=2
         )
-        kernels = torch.einsum("prk,qsl,oikl->opqirs", falls, falls, self.conv.weight).flatten(
-            0, 2
-        )  # (4 c_out, c_in, 3, 3)
-        return F.pixel_shuffle(F.conv2d(x, kernels, self.conv.bias.repeat_interleave(4), padding=1), 2)
+
+
+STRIP = 32  # rows
+
+
+def only_drawing(module):
+    """Nothing is learned here and nothing recorded: memory may be saved in ways that neither gradients nor a converter follow."""
+    return not (module.training or torch.is_grad_enabled() or torch.jit.is_tracing())
+
+
+def by_strips(f, x, halo, scale=1):
+    """f(x) for x (B, C, H, W), computed strip by strip, so that what lies between x and f(x) is never large. Exact, if no
+    output row of f depends on more than `halo` rows of x above and below its own; f makes `scale` rows of one."""
+    out = None
+    for top in range(0, x.shape[2], STRIP):
+        first = max(0, top - halo)  # at the picture's edge f pads by itself
+        part = f(x[:, :, first : top + STRIP + halo])
+        part = part[:, :, scale * (top - first) :][:, :, : scale * min(STRIP, x.shape[2] - top)]
+        if part.shape[2] == scale * x.shape[2]:
+            return part
+        if out is None:
+            out = part.new_empty(len(x), part.shape[1], scale * x.shape[2], part.shape[3]).contiguous(
+                memory_format=torch.channels_last
+            )
+        out[:, :, scale * top : scale * (top + STRIP)] = part
+    return out
 
 
 class SelfAttention(nn.Module):
@@ -611,7 +658,7 @@ def measure(name, side, pipe):
 
 
 OPERATIONS = {"convolution": ["conv"], "GroupNorm": ["group_norm"], "SiLU": ["silu"], "upsampling": ["upsample"],
-              "attention": ["attention", "mm", "linear"], "sum": ["aten::add"]}  # fmt: skip
+              "attention": ["attention", "mm", "linear"], "sum": ["aten::add"], "copies": ["copy_"]}  # fmt: skip
 
 
 def resident_peak():

@@ -78,6 +78,20 @@ def test_upsampling_without_the_large_picture_is_the_same():
     assert expected.shape == (2, 4, 10, 14) and (expected - merged).abs().max() < 1e-12
 
 
+def test_drawing_strip_by_strip_is_the_same():
+    """On pictures of several strips, whose number of rows is no multiple of a strip's."""
+    torch.manual_seed(0)
+    net = decoder.TinyDecoder(decoder.PRESETS["tiny"]).double().eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.5 if p.dim() == 1 else p[0].numel() ** -0.5)
+    for shape in ((2, 16, 13, 5), (1, 16, 33, 3)):
+        latents = torch.randn(shape, dtype=torch.double)
+        expected = net(latents)
+        with torch.no_grad():
+            drawn = net(latents)
+        assert expected.std() > 0.1 and (expected - drawn).abs().max() < 1e-10
+
+
 def test_each_switch_costs_what_it_should():
     side, tiny = 8, decoder.PRESETS["tiny"]
     ours = decoder.count_decoder(tiny, side)
