@@ -138,6 +138,17 @@ class Projector(nn.Module):
 # Training
 
 
+def start_from(args, encoders, device):
+    """(student to train, its EMA, its config) from the folder --init of an earlier stage."""
+    student, config = load_student(args.init)
+    check_encoders(config, encoders)
+    if student.cfg != PRESETS[args.size]:
+        raise SystemExit(f"{args.init} is not of --size {args.size}: give the size it was trained with.")
+    model = UNet(student.cfg).to(device, memory_format=torch.channels_last)
+    load_weights(model, student.state_dict(), args.init)
+    return model, copy.deepcopy(model).requires_grad_(False).eval(), config
+
+
 def train(args, out):
     """Distil one student into the folder `out`."""
     device = pick_device(args.device)
@@ -150,13 +161,7 @@ def train(args, out):
     # data and student, as in stage 1
     encoders = FrozenEncoders(args.teacher, device)
     data, val, pictures_name = open_data(args, encoders)
-    student, student_config = load_student(args.init)
-    check_encoders(student_config, encoders)
-    if student.cfg != PRESETS[args.size]:
-        raise SystemExit(f"{args.init} is not of --size {args.size}: give the size it was trained with.")
-    model = UNet(student.cfg).to(device, memory_format=torch.channels_last)
-    load_weights(model, student.state_dict(), args.init)
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    model, ema, student_config = start_from(args, encoders, device)
     prompts = PROMPTS if not args.data else [data.captions[data.caption_ids[i * len(data) // 8]] for i in range(8)]
     shift, caption_dropout, sampling = student_config["sampling"]["shift"], 0.1, student_config["sampling"]
 

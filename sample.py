@@ -40,10 +40,12 @@ def draw_pictures(
 ):
     """One picture (PIL) per prompt. `seeds` holds one integer a prompt: a picture depends on its prompt and seed alone.
 
-    steps, guidance and shift default to what the student's config says it was made for; `decoder` (anything with
-    decode_latents, such as decoder.TinyDecoder) to the encoders' own. `callback` is passed on to flow.euler_sample.
+    steps, guidance and shift default to what the student's config says it was made for, with the very times if it names them
+    (stage 3 does); `decoder` (anything with decode_latents, such as decoder.TinyDecoder) to the encoders' own. `callback` is
+    passed on to flow.euler_sample.
     """
     habits = config["sampling"]
+    times = habits.get("times") if steps is None and shift is None else None
     steps = habits["steps"] if steps is None else steps
     guidance = habits["guidance"] if guidance is None else guidance
     shift = habits["shift"] if shift is None else shift
@@ -56,7 +58,7 @@ def draw_pictures(
             device
         )
         text, empty = (encoders.student_text(captions, width) for captions in (some, [""] * len(some)))
-        latents = flow.euler_sample(model, noise, text, empty, steps, guidance, shift, callback)
+        latents = flow.euler_sample(model, noise, text, empty, steps, guidance, shift, callback, times)
         pictures += to_pictures((decoder or encoders).decode_latents(latents))
     return pictures
 

@@ -160,5 +160,5 @@ class Teacher:
             return_dict=False,
         )[0]
         grid = [side // self.net.config.patch_size for side in x_t.shape[2:]]
-        features = [self.seen.pop(layer).transpose(1, 2).unflatten(2, grid).float() for layer in self.layers]
+        features = [self.seen.pop(n).transpose(1, 2).unflatten(2, grid).float().contiguous() for n in self.layers]
         return velocity.float(), features

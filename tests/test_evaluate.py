@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageFilter
 
 import evaluate
 from evaluate import NOVEL_FAMILIES, check_detector, detect, falsify, holds, interval, is_on_side, score
@@ -80,6 +81,36 @@ def test_prompts_are_balanced_and_novel_ones_name_a_color():
     assert len(evaluate.prompts_of("novel", 3, 0)) == 3 * len(NOVEL_FAMILIES)
 
 
+def test_kid_by_its_definition():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(5, 3, generator=g).double(), torch.randn(4, 3, generator=g).double() + 1
+    k = lambda x, y: float((x @ y) / 3 + 1) ** 3  # noqa: E731
+    within = [
+        sum(k(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j) / (len(x) * (len(x) - 1))
+        for x in (a, b)
+    ]
+    between = sum(k(x, y) for x in a for y in b) / 20
+    assert evaluate.kid(a, b) == pytest.approx(within[0] + within[1] - 2 * between)
+
+
+def test_kid_and_diversity_tell_a_world_from_its_blurred_and_its_collapsed_version():
+    """The world's own pictures have a KID near 0; blurred ones do not; one picture for all prompts has no diversity."""
+    args = evaluate.parse_arguments(["x", "--per-family", "8"])
+    world = [ShapesWorld("val", 7, 8, family)[i][0] for family in FAMILIES for i in range(8)]
+    blurred = [picture.filter(ImageFilter.GaussianBlur(2)) for picture in world]
+
+    def various(prompts, seed):
+        return [world[(seed + i) % len(world)] for i in range(len(prompts))]
+
+    def collapsed(prompts, seed):
+        return [world[0]] * len(prompts)
+
+    good = evaluate.likeness(world, various, args, torch.device("cpu"))
+    bad = evaluate.likeness(blurred, collapsed, args, torch.device("cpu"))
+    assert good["kid"] < 0.5 * bad["kid"] and abs(good["kid_of_real"]) < 0.5 * bad["kid"]
+    assert bad["diversity"] == pytest.approx(0, abs=1e-5) and good["diversity"] > 0.5
+
+
 def test_evaluates_a_folder_of_pictures(tmp_path, capsys):
     rows = []
     for i in range(6):
@@ -93,5 +124,7 @@ def test_evaluates_a_folder_of_pictures(tmp_path, capsys):
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "a cat"}))
     with pytest.raises(SystemExit, match="captions of the shapes world only"):
         evaluate.main([str(tmp_path)])
+    with pytest.raises(SystemExit, match="--kid needs a model"):
+        evaluate.main([str(tmp_path), "--kid"])
     with pytest.raises(SystemExit, match="no such folder"):
         evaluate.main([str(tmp_path / "nowhere")])

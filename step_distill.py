@@ -1,0 +1,508 @@
+"""Stage 3: adversarial step distillation, 28 guided steps become 4 or 8 without guidance (Sec. 3.4, Fig. 7).
+
+A student of stage 2 draws in 28 steps, two forwards each. Taken in 4 steps it blurs: one long Euler step lands on the *average*
+of all pictures that the noise might become. Two teachers make each long step land on *one* good picture instead:
+
+    the discriminator   tells predicted latents from real ones, so that an average, which no real picture is, does not pass [R]
+    the few-step teacher   says where the picture behind x_t is, guidance included, so that one forward a step will do      [R]
+
+    x_t  --student-->  v_theta  -->  x0' = x_t - t v_theta                         one step to a picture, from each start time
+    L_adv = - E[ D(renoise(x0')) ]           D: heads on the frozen teacher's blocks, hinge loss (as LADD, arXiv 2403.12015) [A]
+    L_kd  = || v_T - v_theta ||^2            v_T = (x_t - x0_T) / t, x0_T by the few-step teacher                           [R]
+    L     = weight L_adv + S(L_task, L_kd)   S: timestep-aware scaling, as in stage 2                                       [R]
+
+    python step_distill.py                                   # class scale: from assets/zoo/distill, 4 steps
+    python step_distill.py --for-steps 8                     # for 8 steps
+    python step_distill.py --losses adv                      # adversarial alone; kd: distillation alone
+    python step_distill.py --ablate --steps 500 --seeds 2    # the three side by side
+    python step_distill.py --compare assets/zoo/step_distill --before assets/zoo/distill    # grid: 28, 8, 4, 2, 1 steps
+    python step_distill.py --size t2i --init runs/t2i-distill --teacher stable-diffusion-3.5-large \\
+        --turbo stable-diffusion-3.5-large-turbo --data DIR --lr 1e-5                       # the paper's
+
+The paper's few-step teacher is SD3.5-Large-Turbo, one forward a target (--turbo). Without one, the target is a short guided ODE
+solve of the many-step teacher from x_t: the same kind of answer, for some ten forwards. Sec. 3.4 was not at hand: [R], [A]
+as in the README. UFOGen (arXiv 2311.09257) is where real and predicted x_0 are noised again and judged there; ADD (2311.17042)
+and LADD are where the judge is a frozen network with light heads.
+"""
+
+import argparse
+import copy
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import flow
+from checkpoint import (
+    HelpFormatter,
+    Log,
+    check_encoders,
+    describe_machine,
+    load_state,
+    load_student,
+    pick_device,
+    save_atomically,
+    save_json,
+    save_network,
+    save_state,
+)
+from data import captioned_grid, rng, to_pictures
+from distill import encode_prompts, pyplot, scaled, start_from
+from encoders import FrozenEncoders
+from evaluate import prompts_of, score
+from model import PRESETS
+from sample import draw_pictures
+from teacher import Teacher
+from train_fm import (
+    PROMPTS,
+    draw_samples,
+    learning_rate,
+    make_optimizers,
+    open_data,
+    predict,
+    stop_on_nan,
+    update_ema,
+)
+
+ROWS = {"adversarial only": "adv", "distillation only": "kd", "both": "adv+kd"}  # of --ablate
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The few-step teacher
+
+
+@torch.no_grad()
+def solve(teacher, x_t, t, ids, guidance, shift, steps=8):
+    """x0_T: where the teacher's guided ODE leads from x_t (B, C, H, W) at t (B,), by Euler steps on the sampler's own grid.
+
+    A picture at t joins when the grid has come down to t: at t = 1 it takes all steps, at t = 0.25 few.
+    """
+    times, x0 = flow.sampling_timesteps(steps, shift), x_t.clone()
+    for now, then in zip(times[:-1], times[1:], strict=True):
+        on_way = t > then + 1e-4
+        if on_way.any():
+            start = t[on_way].clamp(max=now.item())
+            v, _ = teacher(x0[on_way], start, ids[on_way], guidance)
+            x0[on_way] = x0[on_way] + flow.expand(then - start, v).to(v.device) * v
+    return x0
+
+
+@torch.no_grad()
+def target_velocity(teacher, turbo, x_t, t, ids, args, shift):
+    """v_T (B, C, H, W): one forward of a turbo teacher, or the straight way from x_t to where the teacher's ODE leads."""
+    if turbo is not None:
+        return turbo(x_t, t, ids)[0]
+    x0 = solve(teacher, x_t, t, ids, args.teacher_guidance, shift, args.solver_steps)
+    return (x_t - x0) / flow.expand(t, x_t).to(x_t.device)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The discriminator
+
+
+class Discriminator(nn.Module):
+    """Light heads on several blocks of the frozen teacher, which sees noisy latents with their text: (B, n) answers.
+
+    forward(latents (B, C, H, W), t (B,), ids (B,)) -> (B, heads * h * w): above 0 for real, below for predicted, for every
+    head and token of the teacher's grid. Only the heads have trainable weights; gradients pass through the teacher to the
+    latents, which is how the student learns. `features` are kept for the gradient penalty.
+    """
+
+    def __init__(self, teacher, width=64):
+        super().__init__()
+        self.__dict__["teacher"] = teacher  # no submodule: its weights are not ours to train or save
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                nn.GroupNorm(1, teacher.feature_dim), nn.Conv2d(teacher.feature_dim, width, 3, padding=1), nn.SiLU(),
+                nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, 1, 1),
+            )
+            for _ in teacher.layers
+        )  # fmt: skip
+
+    def judge(self, features):
+        return torch.cat([head(f).flatten(1) for head, f in zip(self.heads, features, strict=True)], dim=1)
+
+    def forward(self, latents, t, ids):
+        return self.judge(self.teacher(latents, t, ids)[1])
+
+
+def gradient_penalty(discriminator, features):
+    """R1 on the heads' inputs: how steeply the answer changes with the real features. Flat judges teach, steep ones kick."""
+    features = [f.detach().requires_grad_() for f in features]
+    answers = discriminator.judge(features)
+    gradients = torch.autograd.grad(answers.sum(), features, create_graph=True)
+    return sum(g.square().sum((1, 2, 3)).mean() for g in gradients), answers
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def starting_points(model, data, args, times, step, device):
+    """What the student is asked about in one step, all from (seed, step): x0, eps, x_t, t, ids, own (each of B rows).
+
+    Half of the rows (--own) are not noised real latents but points of the student's own way from noise: when it draws, its
+    second step starts where its first one landed, not on the straight line to a real picture. They have no x_0 of their own
+    to be compared with, so L_task leaves them out.
+    """
+    x0, ids = data.batch(args.seed, step, args.batch)
+    g = rng(args.seed, step, 3)
+    eps = torch.randn(x0.shape, generator=g)
+    which = torch.randint(len(times), (args.batch,), generator=g)
+    own = torch.rand(args.batch, generator=g) < args.own
+    t = times[which]
+    x_t = flow.interpolate(x0, eps, t)
+    x = eps[own]
+    for k in range(len(times) - 1):  # walk all of them down; a row stops at its own time
+        far = which[own] > k
+        if far.any():
+            now = times[k].expand(int(far.sum()))
+            with torch.no_grad():
+                v = predict(model, model.cfg, data, x[far], now, ids[own][far], device).float().cpu()
+            x[far] = x[far] + (times[k + 1] - times[k]) * v
+    x_t[own] = x
+    return x0, eps, x_t, t, ids, own
+
+
+def train(args, out):
+    """Make a few-step student in the folder `out`."""
+    device = pick_device(args.device)
+    if (out / "train_state").is_dir() and not args.resume:
+        raise SystemExit(f"{out} holds a run already: go on with --resume, choose another --out, or delete it.")
+    torch.manual_seed(args.seed)
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    adversarial, distilling = "adv" in args.losses, "kd" in args.losses
+
+    encoders = FrozenEncoders(args.teacher, device)
+    data, _, pictures_name = open_data(args, encoders)
+    model, ema, student_config = start_from(args, encoders, device)
+    prompts = PROMPTS if not args.data else [data.captions[data.caption_ids[i * len(data) // 8]] for i in range(8)]
+    shift = student_config["sampling"]["shift"]
+    times = flow.sampling_timesteps(args.for_steps, shift)[:-1]  # t in {1, 0.75, 0.5, 0.25} before the shift [A]
+    sampling = {
+        "steps": args.for_steps,
+        "guidance": 1.0,
+        "shift": shift,
+        "times": [round(float(t), 6) for t in times] + [0.0],
+    }
+
+    # The judge looks through the few-step teacher if there is one, else through the many-step teacher (the paper: the first).
+    teacher = Teacher(args.turbo or args.teacher, data, device, half, layers=tuple(args.layers))
+    turbo = teacher if args.turbo else None
+    discriminator = Discriminator(teacher).to(device)
+    of_student = make_optimizers(model, args.lr, args.optimizer)
+    # beta1 [A]: the judge forgets fast, since what it judges changes all the time
+    of_heads = torch.optim.AdamW(
+        discriminator.parameters(), lr=args.heads_lr, betas=(0.5, 0.99), weight_decay=0.0, fused=True
+    )
+    optimizers = [*of_student, of_heads]
+    names = "size init data resolution steps batch lr optimizer heads_lr seed losses for_steps own adv_weight penalty layers"
+    settings = {name: getattr(args, name) for name in (names + " teacher_guidance solver_steps turbo").split()}
+    settings |= {"pictures": pictures_name, "teacher": encoders.fingerprint(*encoders.parts, "transformer")}
+    networks = {"model": model, "ema": ema, "heads": discriminator}
+    start_step = load_state(out, settings, optimizers, **networks) if args.resume else 0
+    log = Log(out / "log.csv", start_step)
+    config = {**student_config, "stage": "step_distill", "encoders": args.teacher, "sampling": sampling, "settings": settings,
+              "machine": describe_machine(device)}  # fmt: skip
+    print(f"{args.size}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {args.losses} for {args.for_steps} "
+          f"steps, {len(data)} pictures, {config['machine']}, seed {args.seed}, steps {start_step} to {args.steps}")  # fmt: skip
+
+    bar = tqdm(range(start_step, args.steps), initial=start_step, total=args.steps, desc="stage 3", mininterval=1)
+    seen, answers, begin = {}, {}, time.time()
+    for step in bar:
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                peak = args.heads_lr if optimizer is of_heads else args.lr
+                group["lr"] = learning_rate(step, args.steps, peak, warmup=50)
+        values = {}
+        x0, eps, x_t, t, ids, own = starting_points(model, data, args, times, step, device)
+        x0, eps, x_t, on_device = (tensor.to(device) for tensor in (x0, eps, x_t, t))
+
+        # The student's one step from x_t to a picture. This graph is the only one that reaches the student's weights.
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            v = predict(model, model.cfg, data, x_t, t, ids, device)
+        v = v.float()
+        predicted = flow.x0_from_velocity(x_t, v, on_device)
+        g = rng(args.seed, step, 4)
+        level = flow.logit_normal_timesteps(args.batch, generator=g)  # how noisy the judge sees them, anew every step
+        noise = torch.randn(x0.shape, generator=g).to(device)
+
+        # First the judge. `predicted` is detached: nothing here may reach the student. The teacher's weights are frozen, and
+        # on this side not even its activations need a gradient: the heads are all that learns.
+        if adversarial:  # the same noise and level for both sides, so that nothing but the latents tells them apart
+            with torch.no_grad():
+                _, real = teacher(flow.interpolate(x0, noise, level.to(device)), level, ids)
+                _, fake = teacher(flow.interpolate(predicted.detach(), noise, level.to(device)), level, ids)
+            penalty, on_real = gradient_penalty(discriminator, real)
+            on_fake = discriminator.judge(fake)
+            hinge = F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()
+            (hinge + args.penalty * penalty).backward()
+            values |= {"loss_d": hinge, "penalty": penalty, "d_real": on_real.mean(), "d_fake": on_fake.mean()}
+            values["grad_norm_d"] = nn.utils.clip_grad_norm_(discriminator.parameters(), 10.0)
+            of_heads.step()
+            answers = {"real": on_real.detach().flatten().cpu(), "fake": on_fake.detach().flatten().cpu()}
+
+        # Then the student, against the judge as it is now. The gradient runs from the heads through the frozen teacher into
+        # `predicted`; what it leaves in the heads on the way is dropped below.
+        loss = 0.0
+        if distilling:
+            v_teacher = target_velocity(teacher, turbo, x_t, t, ids, args, shift)
+            out_loss = (v - v_teacher).square().mean((1, 2, 3))  # (B,)   || v_T - v_theta ||^2
+            task_loss = (v - (eps - x0)).square().mean((1, 2, 3))  # (B,)   || v - v_theta ||^2, of real points only
+            real_rows = ~own.to(device)
+            both = torch.where(real_rows, scaled(task_loss, out_loss, on_device), out_loss)
+            loss = loss + both.mean()
+            values["loss_kd"] = out_loss.mean()
+            if real_rows.any():
+                values["loss_task"] = task_loss[real_rows].mean()
+        if adversarial:
+            fooling = -discriminator(flow.interpolate(predicted, noise, level.to(device)), level, ids).mean()
+            loss = loss + args.adv_weight * fooling
+            values["loss_adv"] = fooling
+        loss.backward()
+        values["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not all(torch.isfinite(values[name]) for name in ("grad_norm", "grad_norm_d") if name in values):
+            stop_on_nan(step, out, args.lr)
+        for optimizer in of_student:
+            optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        update_ema(ema, model, step, longest=0.995)
+
+        # Collapse alarm: of every channel, the deviation of the predicted latents beside the real ones', and the means' gap.
+        ratio = predicted.detach().std((0, 2, 3)) / x0.std((0, 2, 3))  # (C,)
+        gap = (predicted.detach().mean((0, 2, 3)) - x0.mean((0, 2, 3))).abs()  # (C,)
+        values |= {"std_ratio_low": ratio.min(), "std_ratio_high": ratio.max(), "mean_gap": gap.max()}
+        for name, value in values.items():
+            seen.setdefault(name, []).append(value.item())
+        save = (step + 1) % args.save_every == 0 or step + 1 == args.steps
+        if save or (step + 1) % 25 == 0:
+            mean = {name: float(np.mean(seen.get(name, [math.nan]))) for name in COLUMNS}
+            seen = {}
+            scores = {f"score_{n}": math.nan for n in (1, 2, 4, 8)}
+            if save and args.watch and not args.data:
+                scores = few_step_scores(ema, config, encoders, args.watch)
+            log.add(step=step + 1, pictures=(step + 1) * args.batch, **mean, **scores, lr=of_student[0].param_groups[0]["lr"],
+                    pictures_per_second=(step + 1 - start_step) * args.batch / (time.time() - begin))  # fmt: skip
+            bar.set_postfix(
+                real=f"{mean['d_real']:.2f}", fake=f"{mean['d_fake']:.2f}", kd=f"{mean['loss_kd']:.3f}", refresh=False
+            )
+        if save:
+            draw_samples(out, step + 1, ema, encoders, prompts, data.latents.shape[1:], sampling, args.seed)
+            plot(log, answers, out / "gan.png")
+            save_network(out, ema, {**config, "step": step + 1, "pictures_seen": (step + 1) * args.batch})
+            save_state(out, step + 1, settings, optimizers, **networks)
+    print(f"{out}: model.safetensors, config.json, log.csv, gan.png, samples/progress.png")
+
+
+COLUMNS = ("loss_task", "loss_kd", "loss_adv", "loss_d", "penalty", "d_real", "d_fake", "grad_norm", "grad_norm_d",
+           "std_ratio_low", "std_ratio_high", "mean_gap")  # fmt: skip
+
+
+def few_step_scores(model, config, encoders, per_family, seed=1):
+    """mini-GenEval with 1, 2, 4 and 8 steps, without guidance. While training: of few prompts, to watch and not to report."""
+    prompts = prompts_of("val", per_family, seed)
+    return {
+        f"score_{n}": score(draw_pictures(model, config, encoders, prompts, range(len(prompts)), n, 1.0), prompts)[
+            "overall"
+        ]
+        for n in (1, 2, 4, 8)
+    }
+
+
+def plot(log, answers, path):
+    """gan.png: what the judge says, the losses, the collapse alarm, the scores, and the judge's last answers."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 5, figsize=(21, 3.8))
+    steps = log.column("step")
+    for axis, names, title in (
+        (axes[0], ("d_real", "d_fake"), "the judge: apart, but near 0"),
+        (axes[1], ("loss_kd", "loss_task", "loss_d", "loss_adv"), "losses"),
+        (
+            axes[2],
+            ("std_ratio_low", "std_ratio_high", "mean_gap"),
+            "collapse alarm: both ratios near 1, the gap near 0",
+        ),
+    ):
+        for name in names:
+            axis.plot(steps, log.column(name), label=name)
+        axis.set(title=title, xlabel="step")
+    for n in (1, 2, 4, 8):
+        points = [(s, v) for s, v in zip(steps, log.column(f"score_{n}"), strict=True) if not math.isnan(v)]
+        if points:
+            axes[3].plot(*zip(*points, strict=True), "o-", label=f"{n} steps")
+    axes[3].set(title="mini-GenEval of few prompts, no guidance", xlabel="step")
+    for name, values in answers.items():
+        axes[4].hist(values.numpy(), bins=40, alpha=0.5, label=name)
+    axes[4].set(title="the judge's last answers")
+    for axis in axes:
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    figure.tight_layout()
+    save_atomically(figure.savefig, path)
+    plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Figures and the ablation
+
+
+@torch.no_grad()
+def compare(args):
+    """compare.png: rows of prompts; columns teacher 28, the student before with 28 and with 4 steps, ours with 8, 4, 2, 1."""
+    device = pick_device(args.device)
+    before, before_config = load_student(args.before, device)
+    ours, config = load_student(args.compare, device)
+    encoders = FrozenEncoders(args.teacher, device)
+    check_encoders(config, encoders), check_encoders(before_config, encoders)
+    prompts = prompts_of("val", 2, args.seed)
+    seeds = [args.seed + i for i in range(len(prompts))]
+    text = encode_prompts(prompts, encoders)
+    teacher = Teacher(args.teacher, text, device)
+    shape = (encoders.latent_channels, *config["latent_size"])
+    noise = torch.stack([torch.randn(shape, generator=rng(seed)) for seed in seeds]).to(device)
+    ids = torch.tensor([text.captions.index(prompt) for prompt in prompts])
+    latents = solve(teacher, noise, torch.ones(len(ids)), ids, args.teacher_guidance, config["sampling"]["shift"], 28)
+    columns, seconds = [to_pictures(encoders.decode_latents(latents))], {}
+    for who, model, habits, steps, guidance in (
+        ("before 28", before, before_config, 28, before_config["sampling"]["guidance"]),
+        ("before 4", before, before_config, 4, 1.0),
+        *((f"ours {n}", ours, config, n, 1.0) for n in (8, 4, 2, 1)),
+    ):
+        text, empty = (encoders.student_text(c, model.cfg.text_dim) for c in (prompts, [""] * len(prompts)))
+        for _ in range(2):  # the second time counts
+            start = time.perf_counter()
+            latents = flow.euler_sample(model, noise, text, empty, steps, guidance, habits["sampling"]["shift"])
+            latents.sum().item()  # waits for a GPU
+            seconds[who] = (time.perf_counter() - start) / len(prompts)
+        columns.append(to_pictures(encoders.decode_latents(latents)))
+    rows = [[column[k] for column in columns] for k in range(len(prompts))]
+    names = " | ".join(["teacher 28", *seconds])
+    save_atomically(captioned_grid(rows, [f"{p}: {names}" for p in prompts], scale=2).save, args.out / "compare.png")
+    print(f"seconds a picture in the UNet, {len(prompts)} at once, {describe_machine(device)}:")
+    for who, value in seconds.items():
+        print(f"    {who:10}{value:8.3f}{seconds['before 28'] / value:8.1f} times as fast as before")
+    print(f"wrote {args.out}/compare.png")
+
+
+def ablate(args):
+    """Train and judge the three rows of ROWS with every seed; what is finished is kept."""
+    device, results = pick_device(args.device), {name: [] for name in ROWS}
+    encoders, base = FrozenEncoders(args.teacher, device), args.seed
+    for seed in range(base, base + args.seeds):
+        for name, losses in ROWS.items():
+            run = copy.copy(args)
+            run.losses, run.seed, run.resume = losses, seed, True
+            out = args.out / f"{losses}-seed{seed}"
+            print(f"-- {name}, seed {seed}")
+            train(run, out)
+            path = out / f"mini-geneval-{args.per_family}.json"
+            if not path.is_file():
+                model, config = load_student(out, device)
+                save_json(few_step_scores(model, config, encoders, args.per_family, seed=0), path)
+            results[name].append(json.loads(path.read_text()))
+    print(f"\n{args.steps} steps of {args.batch} from {args.init} for {args.for_steps} steps, seeds {base} to "
+          f"{base + args.seeds - 1}, {args.per_family} prompts a family, {describe_machine(device)}")  # fmt: skip
+    print(f"{'':20}" + "".join(f"{f'{n} steps':>24}" for n in (1, 2, 4, 8)))
+    for name, runs in results.items():
+        cells = [[run[f"score_{n}"] for run in runs] for n in (1, 2, 4, 8)]
+        print(f"{name:20}" + "".join(f"{f'{np.mean(c):.3f} ({min(c):.3f} to {max(c):.3f})':>24}" for c in cells))
+    save_json(results, args.out / "ablation.json")
+    print(f"wrote {args.out}/ablation.json")
+
+
+def parse_arguments(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
+    # what to do, if not to train
+    p.add_argument(
+        "--ablate", action="store_true", help="adversarial only, distillation only, both: train and print the table"
+    )
+    p.add_argument("--seeds", type=int, default=3, help="runs a row, for --ablate")
+    p.add_argument("--per-family", type=int, default=100, help="mini-GenEval prompts a family, for --ablate")
+    p.add_argument(
+        "--compare", metavar="DIR", help="draw this student with 8, 4, 2, 1 steps beside --before and the teacher"
+    )
+    p.add_argument(
+        "--before", metavar="DIR", default="assets/zoo/distill", help="the student of stage 2, for --compare"
+    )
+    # who learns from whom
+    p.add_argument("--size", choices=PRESETS, default="tiny", help="the UNet: class scale, or one of the paper's two")
+    p.add_argument("--init", metavar="DIR", default="assets/zoo/distill", help="the student of stage 2 to start from")
+    p.add_argument("--for-steps", type=int, default=4, help="sampling steps to learn: 4 or 8 in the paper")
+    p.add_argument(
+        "--teacher", metavar="DIR", default="assets/toy-sd3", help="SD3 folder: encoders and many-step transformer"
+    )
+    p.add_argument(
+        "--turbo",
+        metavar="DIR",
+        help="few-step teacher, such as stable-diffusion-3.5-large-turbo; default: an ODE solve",
+    )
+    p.add_argument(
+        "--teacher-guidance", type=float, default=3.0, help="of the ODE solve; it ends up inside the student"
+    )
+    p.add_argument(
+        "--solver-steps", type=int, default=8, help="Euler steps of the ODE solve from t = 1; fewer from below"
+    )
+    # losses
+    p.add_argument(
+        "--losses", choices=tuple(ROWS.values()), default="adv+kd", help="adversarial, distillation, or both"
+    )
+    p.add_argument("--adv-weight", type=float, default=0.05, help="of the adversarial loss beside S(L_task, L_kd)")
+    p.add_argument("--penalty", type=float, default=0.01, help="of the gradient penalty (R1) on the heads' inputs")
+    p.add_argument("--layers", type=int, nargs="+", default=[1, 3, 5], help="blocks of the teacher that get a head")
+    p.add_argument(
+        "--own", type=float, default=0.5, help="share of training points on the student's own way from noise"
+    )
+    # data
+    p.add_argument("--data", metavar="DIR", help="folder of pictures with captions; without it, the shapes world")
+    p.add_argument("--pictures", type=int, default=20_000, help="how many different shapes-world pictures to train on")
+    p.add_argument("--resolution", type=int, help="side in pixels for --data; default: 64, 256 or 1024 by --size")
+    # optimisation
+    p.add_argument("--steps", type=int, default=1500, help="training steps")
+    p.add_argument("--batch", type=int, default=64, help="pictures a step")
+    p.add_argument("--lr", type=float, default=1e-4, help="the student's learning rate after the warm-up")
+    p.add_argument(
+        "--optimizer", choices=("adamw", "muon"), help="default: muon for --size tiny, adamw for the paper's"
+    )
+    p.add_argument("--heads-lr", type=float, default=1e-4, help="the heads' learning rate")
+    p.add_argument("--seed", type=int, default=0, help="of the heads, noise, timesteps and the data's order")
+    # writing and system
+    p.add_argument("--out", metavar="DIR", type=Path, help="default: runs/step_distill, or runs/step_distill-ablate")
+    p.add_argument("--resume", action="store_true", help="go on from the last saved state in --out, if there is one")
+    p.add_argument(
+        "--save-every", type=int, default=250, metavar="STEPS", help="save, score and draw samples this often"
+    )
+    p.add_argument(
+        "--watch", type=int, default=10, help="prompts a family for the scores in log.csv at each save; 0: none"
+    )
+    p.add_argument("--device", help="cuda, mps or cpu; chosen by itself if not given")
+    args = p.parse_args(argv)
+    for name in ("steps", "batch", "pictures", "save_every", "seeds", "per_family", "for_steps", "solver_steps"):
+        if getattr(args, name) < 1:
+            raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
+    if not 0 <= args.own <= 1:
+        raise SystemExit(f"--own must be a share from 0 to 1, not {args.own}.")
+    args.optimizer = args.optimizer or ("muon" if args.size == "tiny" else "adamw")
+    args.resolution = args.resolution or {"tiny": 64, "imagenet": 256, "t2i": 1024}[args.size]
+    args.out = args.out or Path("runs/step_distill-ablate" if args.ablate else "runs/step_distill")
+    return args
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    if args.compare:
+        compare(args)
+    elif args.ablate:
+        ablate(args)
+    else:
+        train(args, args.out)
+
+
+if __name__ == "__main__":
+    main()
