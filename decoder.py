@@ -166,7 +166,7 @@ STRIP = 32  # rows
 
 def only_drawing(module):
     """Nothing is learned here and nothing recorded: memory may be saved in ways that neither gradients nor a converter follow."""
-    return not (module.training or torch.is_grad_enabled() or torch.jit.is_tracing())
+    return not (module.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 def by_strips(f, x, halo, scale=1):

@@ -50,7 +50,7 @@ from checkpoint import load_state, pick_device, save_json, save_state
 from data import encode_dataset, rng, to_tensor
 from encoders import FrozenEncoders
 from evaluate import falsify
-from shapes import COLORS, SHAPES, SIDE, ShapesWorld, make_scene, parse_caption, write_caption
+from shapes import COLORS, SHAPES, SIDE, ShapesWorld, family_of, make_scene, parse_caption, write_caption
 from teacher import T5_TOKENS, WeightedTextAttention
 from train_fm import update_ema
 
@@ -288,18 +288,26 @@ def object_map(scene, cells=4):
     return target.flatten(0, 1).clamp(max=1)
 
 
-def make_teacher(out, device, steps=8000, batch=64, lr=1e-3, pictures=60_000, seed=2, compiled=False, init=None):
+def make_teacher(
+    out, device, steps=8000, batch=64, lr=1e-3, pictures=60_000, seed=2, compiled=False, init=None, focus=0.0
+):
     """transformer/: the MMDiT, by flow matching on the frozen autoencoder's latents with the frozen CLIPs' states.
 
     A second loss helps it to learn composition sooner: a linear read-out of its fourth block must tell what is where
     (in the spirit of REPA, arXiv 2410.06940, with the scene itself in place of a pretrained picture encoder). The
     read-out is not saved. The students never get this help: they learn as the paper says.
 
+    `focus` is the share of each batch that is taken from captions of two different objects. There the objects must be drawn
+    in agreement, one of each kind, which is learned last: a teacher that is good at all else still drew two of one kind, as
+    often as chance says.
+
     Its state is kept in runs/toy-sd3, from which the same call goes on.
     """
     encoders = FrozenEncoders(out, device)
     world = ShapesWorld("train", 0, pictures)
     data = encode_dataset(world, encoders)
+    hard = torch.tensor([family_of(caption) in ("two", "attribution") for caption in data.captions[1:]])
+    hard = torch.cat([torch.tensor([False]), hard])[data.caption_ids].nonzero()[:, 0]  # indices of pictures
     maps = torch.stack([(object_map(world.scene(i)) * 255).byte() for i in range(pictures)])  # (N, 16, 24)
     pooled, width = data.pooled.float().to(device), 192  # 64 + 96, padded with zeros as SD3 pads 2048 to 4096
     text = F.pad(data.states.float(), (0, width - encoders.text_dim, 0, 1)).to(device)  # (K, T + 1, 192), the last zero
@@ -336,6 +344,8 @@ def make_teacher(out, device, steps=8000, batch=64, lr=1e-3, pictures=60_000, se
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):  # linear decay over the last 30 %
             group["lr"] = lr * min(1, (step + 1) / 500) * min(1, (steps - step) / (0.3 * steps))
         index, g = data.indices(seed, step, batch), rng(seed, step)
+        n = round(focus * batch)
+        index[:n] = hard[torch.randint(len(hard), (n,), generator=rng(seed, step, 1))]
         x0, ids = data.latents[index].float(), data.caption_ids[index]
         ids = torch.where(torch.rand(batch, generator=g) < 0.1, 0, ids).to(device)
         t = flow.logit_normal_timesteps(batch, shift=4.0, generator=g)  # the layout is decided near t = 1
@@ -347,7 +357,7 @@ def make_teacher(out, device, steps=8000, batch=64, lr=1e-3, pictures=60_000, se
         loss = F.mse_loss(predicted, v)
         target = maps[index].float().to(device) / 255
         where = F.binary_cross_entropy_with_logits(readout(seen.pop()), target) * target.shape[-1]
-        (loss + 0.2 * (1 - step / steps) * where).backward()
+        (loss + 0.2 * where).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -409,6 +419,9 @@ def main(argv=None):
     p.add_argument(
         "--init", metavar="DIR", help="start the teacher from an earlier transformer/ folder, not from nothing"
     )
+    p.add_argument(
+        "--focus", type=float, default=0.0, help="share of the teacher's batches with captions of two different objects"
+    )
     p.add_argument("--device", help="cuda, mps or cpu; chosen by itself if not given")
     p.add_argument(
         "--compile", action="store_true", help="torch.compile the teacher's blocks: a minute, then twice as fast"
@@ -428,7 +441,7 @@ def main(argv=None):
         "text": (["text_encoder", "text_encoder_2"], lambda: make_text_encoders(args.out, device, **steps)),
         "teacher": (
             ["transformer"],
-            lambda: make_teacher(args.out, device, compiled=args.compile, init=args.init, **steps),
+            lambda: make_teacher(args.out, device, compiled=args.compile, init=args.init, focus=args.focus, **steps),
         ),
     }
     for name, (folders, make) in makers.items():

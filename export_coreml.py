@@ -1,0 +1,554 @@
+"""Stage 4: Core ML packages for a phone, each checked op by op before it is called done.
+
+    text_encoder.mlpackage    both CLIPs: tokens -> text states, mask
+    unet.mlpackage            the student: latent, t, text, mask -> velocity
+    decoder.mlpackage         the tiny decoder: latent -> picture, 0 to 255
+    pipeline.json             steps, times, guidance, sizes, tokenizers: all else that an app needs
+    verification.json         how far each package is from PyTorch
+
+    python export_coreml.py                                               # assets/zoo/step_distill and /decoder -> build/
+    python export_coreml.py --nbits 6 --out build6 --score 10             # 6-bit palettes; mini-GenEval through the packages
+    python export_coreml.py --model assets/zoo/distill --batch 2          # guidance: caption and empty caption in one batch
+    python export_coreml.py --random t2i --parts unet decoder --latent 128     # the paper's sizes, random weights
+
+How one part is made: torch.export captures the module of coreml_layers.py at fixed sizes -> coremltools converts it to a float16
+program -> it is saved, read back from disk and interpreted (mil_interpreter.py) beside PyTorch. Two questions, two bars: is it
+the right program (converted in float32: at most 1e-4 off) and does it survive float16 (at least 50 dB)? On a Mac the same
+inputs also go through Core ML itself.
+"""
+
+import argparse
+import errno
+import functools
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import flow
+import mil_interpreter as mil
+from checkpoint import HelpFormatter, check_encoders, describe_machine, load_student, save_atomically, save_json
+from coreml_layers import PhoneDecoder, PhoneText, PhoneUNet
+from data import captioned_grid, rng, to_pictures
+from decoder import PRESETS as DECODERS
+from decoder import TinyDecoder, load_decoder
+from encoders import FrozenEncoders
+from evaluate import prompts_of, score
+from mil_interpreter import ct  # coremltools, with its warnings about this machine silenced
+from model import PRESETS, UNet
+
+PARTS = ("text_encoder", "unet", "decoder")
+FLOAT32_BAR, FLOAT16_BAR = 1e-4, 50.0  # largest error of the program in float32; decibels of the one in float16
+EXAMPLE = "a photo of a red circle left of a blue star"
+
+
+@dataclass
+class Part:
+    """One network to export: a module, an example of every input, and what each input and output is."""
+
+    module: torch.nn.Module
+    inputs: dict  # name -> example tensor, whose shape is the only one the package will take
+    outputs: tuple  # names
+    descriptions: dict  # of inputs and outputs
+    summary: str
+    unit: float = 1.0  # size of the outputs' numbers: errors are counted in it
+    float32: tuple = ()  # inputs and outputs kept in float32
+
+    def expected(self):
+        """What PyTorch says to the example: {name: tensor}."""
+        with torch.no_grad():
+            out = self.module(*self.inputs.values())
+        return dict(zip(self.outputs, out if isinstance(out, tuple) else (out,), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The parts
+
+
+def tokens_of(encoders, captions):
+    """(tokens, tokens_2), each (B, T) int32, as the phone's tokenizer has to make them."""
+    how = dict(padding="max_length", max_length=encoders.max_tokens, truncation=True, return_tensors="pt")
+    return [tokenizer(captions, **how).input_ids.int() for tokenizer in encoders.tokenizers]
+
+
+def text_part(encoders, width):
+    tokens, tokens_2 = tokens_of(encoders, [EXAMPLE])
+    return Part(
+        PhoneText(encoders.text_encoders, width).eval(), {"tokens": tokens, "tokens_2": tokens_2}, ("text", "mask"),
+        {"tokens": f"token ids of the first tokenizer, (1, {tokens.shape[1]}), padded",
+         "tokens_2": "token ids of the second tokenizer, the same shape",
+         "text": f"text states, (1, {tokens.shape[1]}, {width}); an input of the UNet",
+         "mask": "1 up to the end of the text, 0 for padding; an input of the UNet"},
+        "SnapGen: both CLIP text models up to their last layer but one",
+    )  # fmt: skip
+
+
+def unet_part(unet, latent, text, mask, batch, layout):
+    g, channels = rng(0, latent), unet.cfg.latent_channels
+    text, mask = text.expand(batch, -1, -1).contiguous(), mask.float().expand(batch, -1).contiguous()
+    inputs = {"latent": torch.randn(batch, channels, latent, latent, generator=g), "t": torch.full((batch,), 0.9),
+              "text": text, "mask": mask}  # fmt: skip
+    shape = f"({batch}, {channels}, {latent}, {latent})"
+    return Part(
+        PhoneUNet(unet, layout).eval(), inputs, ("velocity",),
+        {"latent": f"x_t, {shape}: noise at t = 1, the picture's latent at t = 0", "t": "time, 1 to 0",
+         "text": "text states of the text encoder" + (", the caption's and the empty caption's" if batch == 2 else ""),
+         "mask": "mask of the text encoder", "velocity": f"v, {shape}: x_s = x_t + (s - t) v"},
+        f"SnapGen: the UNet, {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters, layout {layout}",
+        float32=("latent", "t", "velocity"),  # so that the sum of the Euler steps is kept in float32
+    )  # fmt: skip
+
+
+def decoder_part(decoder, latent):
+    channels = decoder.cfg.latent_channels
+    return Part(
+        PhoneDecoder(decoder).eval(), {"latent": torch.randn(1, channels, latent, latent, generator=rng(0, latent))}, ("picture",),
+        {"latent": f"x_0, (1, {channels}, {latent}, {latent}), as the UNet leaves it",
+         "picture": f"red, green and blue from 0 to 255, (1, 3, {8 * latent}, {8 * latent})"},
+        f"SnapGen: the tiny decoder, {sum(p.numel() for p in decoder.parameters()) / 1e6:.2f} M parameters",
+        unit=127.5, float32=("latent",),
+    )  # fmt: skip
+
+
+def make_parts(args):
+    """({part: {latent size: Part}}, what pipeline.json says): the text encoder has no latent and is under 0."""
+    torch.manual_seed(0)
+    encoders = None
+    if args.random:
+        sizes, guidance = args.latent or [128 if args.random != "tiny" else 8], 1.0
+        unet = UNet(PRESETS[args.random]).eval()
+        decoder = TinyDecoder(DECODERS["tiny" if args.random == "tiny" else "sd3"]).eval()
+        text, mask = torch.randn(1, 77, unet.cfg.text_dim, generator=rng(0)), torch.ones(1, 77)
+        pipeline = {"weights": "random"}
+        if "text_encoder" in args.parts:
+            raise SystemExit("--random has no text encoder: give --parts unet decoder.")
+    else:
+        unet, config = load_student(args.model)
+        folder = Path(args.teacher or config["encoders"])
+        refuse_language_models(folder)
+        encoders = FrozenEncoders(folder)
+        check_encoders(config, encoders)
+        decoder, decoder_config = load_decoder(args.decoder)
+        check_encoders(decoder_config, encoders)
+        sizes, habits = args.latent or [config["latent_size"][0]], config["sampling"]
+        guidance = habits["guidance"]
+        text, mask = encoders.student_text([EXAMPLE], unet.cfg.text_dim)
+        times = habits.get("times") or flow.sampling_timesteps(habits["steps"], habits["shift"]).tolist()
+        pipeline = {
+            "model": str(args.model), "steps": habits["steps"], "times": times, "shift": habits["shift"], "guidance": guidance,
+            "scaling_factor": encoders.scaling_factor, "shift_factor": encoders.shift_factor,
+            "latents": "already scaled and shifted: the decoder takes what the UNet leaves",
+            "tokenizers": ["tokenizer", "tokenizer_2"], "tokens": encoders.max_tokens,
+        }  # fmt: skip
+    batch = args.batch or (1 if guidance == 1 else 2)
+    if guidance != 1 and batch == 1:
+        raise SystemExit(
+            f"{args.model} draws with guidance {guidance}, which takes the caption and the empty caption in one batch: "
+            "give --batch 2, or a student of stage 3 such as assets/zoo/step_distill."
+        )
+    step = 2 ** (len(unet.cfg.channels) - 1)
+    if any(size < step or size % step for size in sizes):
+        raise SystemExit(f"--latent must be multiples of {step}, not {sizes}.")
+    parts = {}
+    if "text_encoder" in args.parts:
+        parts["text_encoder"] = {0: text_part(encoders, unet.cfg.text_dim)}
+    if "unet" in args.parts:
+        parts["unet"] = {size: unet_part(unet, size, text, mask, batch, args.layout) for size in sizes}
+    if "decoder" in args.parts:
+        parts["decoder"] = {size: decoder_part(decoder, size) for size in sizes}
+    pipeline |= {"batch": batch, "latent_channels": unet.cfg.latent_channels, "latent_sizes": sizes}
+    return parts, pipeline, encoders
+
+
+def refuse_language_models(folder):
+    """A text encoder of billions of weights does not belong on a phone, and its layers are not CLIP's."""
+    for name in ("text_encoder", "text_encoder_2"):
+        path = folder / name / "config.json"
+        if path.is_file() and (kind := json.loads(path.read_text()).get("model_type")) != "clip_text_model":
+            raise SystemExit(
+                f"{folder / name} is a {kind}, and only CLIP text models are exported: run a language model elsewhere, and "
+                "give its states to the UNet (--parts unet decoder)."
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Conversion
+
+
+def feeds_sine(op):
+    """True for the time embedding's operations from t to sin and cos: 1000 t radians need float32."""
+    if op.op_type in ("sin", "cos"):
+        return True
+    passes_on = op.op_type in ("const", "expand_dims", "mul", "reshape", "cast")
+    return passes_on and any(feeds_sine(child) for var in op.outputs for child in var.child_ops)
+
+
+def capture(part):
+    """The module as an exported program: plain operations on tensors of fixed shapes."""
+    with torch.no_grad():
+        return torch.export.export(part.module, tuple(part.inputs.values())).run_decompositions({})
+
+
+def convert(part, precision, args, about):
+    """A Core ML model (not saved) of a Part, with every input and output named, typed and described."""
+    half = precision == "float16"
+
+    def kind(name, tensor=None):
+        if tensor is not None and not tensor.is_floating_point():
+            return np.int32
+        return np.float16 if half and name not in part.float32 else np.float32
+
+    package = ct.convert(
+        capture(part),
+        minimum_deployment_target=getattr(ct.target, args.target),
+        compute_precision=ct.transform.FP16ComputePrecision(lambda op: not feeds_sine(op)) if half else ct.precision.FLOAT32,
+        inputs=[ct.TensorType(name, tuple(x.shape), dtype=kind(name, x)) for name, x in part.inputs.items()],
+        outputs=[ct.TensorType(name, dtype=kind(name)) for name in part.outputs],
+    )  # fmt: skip
+    package.short_description, package.license, package.version = part.summary, "MIT", about["commit"]
+    package.author = "made by export_coreml.py"
+    package.user_defined_metadata.update({name: str(value) for name, value in about.items()})
+    for name in part.inputs:
+        package.input_description[name] = part.descriptions[name]
+    for name in part.outputs:
+        package.output_description[name] = part.descriptions[name]
+    return package
+
+
+def compress(package, nbits):
+    """Weights in fewer bits: 8 as integers with a scale for each channel, 6 and 4 as palettes found by k-means."""
+    optimize = ct.optimize.coreml
+    if nbits == 8:
+        settings = optimize.OpLinearQuantizerConfig(mode="linear_symmetric", weight_threshold=512)
+        return optimize.linear_quantize_weights(package, optimize.OptimizationConfig(settings))
+    settings = optimize.OpPalettizerConfig(mode="kmeans", nbits=nbits, weight_threshold=512, num_kmeans_workers=1)
+    return optimize.palettize_weights(package, optimize.OptimizationConfig(settings))
+
+
+def save_package(package, path):
+    """Write a package beside its place and rename it, so that a kill or a full disk leaves the last good one."""
+
+    def save(beside):
+        (package.save if hasattr(package, "save") else package)(str(beside))
+
+    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(beside)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(beside, path)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "the disk is full" if full else error.strerror or str(error)
+        raise SystemExit(f"cannot write {path}: {what}. What was exported before is intact.") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def size_of(path):
+    return sum(p.stat().st_size for p in Path(path).rglob("*") if p.is_file())
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Verification
+
+
+def decibels(expected, found):
+    """Signal to error, 10 log10(mean expected^2 / mean error^2); minus infinity when something is not a number."""
+    error = (expected - found).square().mean()
+    return (
+        (10 * torch.log10(expected.square().mean() / error.clamp(min=1e-30))).item()
+        if torch.isfinite(error)
+        else -np.inf
+    )
+
+
+def compare(part, program, precision, function="main"):
+    """(largest error in units of the part, smallest decibels) over all outputs of the interpreted program."""
+    found, expected = mil.run(program, part.inputs, precision, function), part.expected()
+    errors = [(expected[name] - found[name]).abs().max().item() / part.unit for name in part.outputs]
+    return max(errors), min(decibels(expected[name], found[name]) for name in part.outputs)
+
+
+def bisect(part, program, precision, bar, function="main"):
+    """The first operation whose value is worse than `bar` decibels, and the one before it, as text.
+
+    In float16, each value beside that of the same program in float32. In float32, beside PyTorch: coremltools names an operation
+    after the node of the exported program that it came from; where both have the name, their values are compared.
+    """
+    steps, seen = mil.step_by_step(program, part.inputs, precision, function), []
+    if precision == "exact":
+        values = part.expected()
+
+        class Recorder(torch.fx.Interpreter):
+            def run_node(self, node):
+                values[node.name] = result = super().run_node(node)
+                return result
+
+        with torch.no_grad():
+            Recorder(capture(part).module()).run(*part.inputs.values())
+        pairs = ((op, values.get(name), found) for op, name, found in steps)
+    else:
+        exact = mil.step_by_step(program, part.inputs, "exact", function)
+        pairs = ((op, reference, found) for (op, _, found), (_, _, reference) in zip(steps, exact, strict=True))
+    for op, reference, found in pairs:
+        if isinstance(reference, torch.Tensor) and reference.shape == found.shape and reference.is_floating_point():
+            seen.append((decibels(reference, found), mil.describe(op)))
+            if seen[-1][0] < bar:
+                before = f"the last good one, {seen[-2][0]:.1f} dB: {seen[-2][1]}\n    " if len(seen) > 1 else ""
+                return f"{before}the first bad one, {seen[-1][0]:.1f} dB: {seen[-1][1]}"
+    return f"all {len(seen)} operations that can be compared are above {bar:.0f} dB"
+
+
+def check(part, program, precision, args, function="main", bar=None):
+    """compare(), and an error that names the first bad operation when a bar is missed."""
+    error, value = compare(part, program, precision, function)
+    failed = error > FLOAT32_BAR if precision == "exact" else bar is not None and not value >= bar
+    if failed:
+        said = (
+            f"{error:.1e} off PyTorch (at most {FLOAT32_BAR})"
+            if precision == "exact"
+            else f"{value:.1f} dB (at least {bar})"
+        )
+        hint = (
+            f"\n    {bisect(part, program, precision, bar or 80.0, function)}"
+            if args.bisect
+            else " --bisect shows where."
+        )
+        raise SystemExit(f"{part.summary}: the package is {said}, and not kept.{hint}")
+    return error, value
+
+
+def on_this_mac(part, path, function=None):
+    """Decibels of Core ML's own prediction on macOS, or None elsewhere."""
+    if sys.platform != "darwin":
+        return None  # no Core ML there
+    model = ct.models.MLModel(str(path), function_name=function)
+    found = model.predict({name: x.numpy() for name, x in part.inputs.items()})
+    return min(
+        decibels(value, torch.from_numpy(np.asarray(found[name])).float()) for name, value in part.expected().items()
+    )
+
+
+def export(name, sizes, args, about):
+    """Convert, save and verify one part at all its latent sizes: {latent size: report}, and out/NAME.mlpackage."""
+    path, reports, start = args.out / f"{name}.mlpackage", {}, time.time()
+    with tempfile.TemporaryDirectory(dir=args.out, prefix=".") as scratch:
+        halves = {}
+        for size, part in sizes.items():
+            exact = Path(scratch) / f"exact{size}.mlpackage"
+            save_package(convert(part, "float32", args, about), exact)
+            error, _ = check(part, mil.read_package(exact), "exact", args)
+            shutil.rmtree(exact)
+            package = convert(part, "float16", args, about)
+            if args.nbits < 16:
+                package = compress(package, args.nbits)
+            halves[size] = Path(scratch) / f"{name}{size}.mlpackage"
+            save_package(package, halves[size])
+            reports[size] = {"float32_error": error}
+        functions = {size: "main" if len(sizes) == 1 else f"latent{size}" for size in sizes}
+        if len(sizes) == 1:
+            finished = functools.partial(shutil.copytree, halves[next(iter(sizes))])
+        else:  # one package, one set of weights, a function for each size
+            descriptor = ct.utils.MultiFunctionDescriptor()
+            for size, half in halves.items():
+                descriptor.add_function(str(half), src_function_name="main", target_function_name=functions[size])
+            descriptor.default_function_name = next(iter(functions.values()))
+            finished = functools.partial(ct.utils.save_multifunction, descriptor)
+        candidate = Path(scratch) / f"candidate-{name}.mlpackage"
+        save_package(finished, candidate)
+        program = mil.read_package(candidate)
+        for size, part in sizes.items():
+            bar = FLOAT16_BAR if args.nbits == 16 and not args.random else None
+            _, value = check(part, program, "declared", args, functions[size], bar)
+            mac = on_this_mac(part, candidate, functions[size] if len(sizes) > 1 else None)
+            operations = len(mil.operations(program, functions[size]))
+            reports[size] |= {
+                "function": functions[size],
+                "decibels": value,
+                "mac_decibels": mac,
+                "operations": operations,
+            }
+        save_package(functools.partial(shutil.copytree, candidate), path)
+    for report in reports.values():
+        report |= {"bytes": size_of(path), "seconds": round(time.time() - start, 1)}
+    return reports
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The whole chain, as an app would run it: pipeline.json and the packages, nothing else
+
+
+class Packages:
+    """The exported folder as something that draws: text -> tokens -> states -> Euler steps -> picture, all interpreted."""
+
+    def __init__(self, folder):
+        from transformers import CLIPTokenizer
+
+        folder = Path(folder)
+        self.plan = json.loads((folder / "pipeline.json").read_text())
+        self.programs = {name: mil.read_package(folder / f"{name}.mlpackage") for name in PARTS}
+        self.tokenizers = [CLIPTokenizer.from_pretrained(folder / name) for name in self.plan["tokenizers"]]
+        self.size = self.plan["latent_sizes"][0]
+        self.function = "main" if len(self.plan["latent_sizes"]) == 1 else f"latent{self.size}"
+
+    def encode(self, caption):
+        """(text, mask) of one caption."""
+        length = self.plan["tokens"]
+        tokens = [
+            tokenizer(
+                [caption], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            ).input_ids.int()
+            for tokenizer in self.tokenizers
+        ]
+        out = mil.run(self.programs["text_encoder"], dict(zip(("tokens", "tokens_2"), tokens, strict=True)))
+        return out["text"], out["mask"]
+
+    def draw(self, prompts, seeds):
+        """One picture (PIL) per prompt, from the noise that sample.py would take for the same seed."""
+        pictures, times, guidance = [], self.plan["times"], self.plan["guidance"]
+        empty = self.encode("")
+        for prompt, seed in zip(tqdm(prompts, desc="interpreting", disable=len(prompts) < 8), seeds, strict=True):
+            text, mask = self.encode(prompt)
+            if guidance != 1:
+                text, mask = torch.cat([text, empty[0]]), torch.cat([mask, empty[1]])
+            x = torch.randn(1, self.plan["latent_channels"], self.size, self.size, generator=rng(seed))
+            for t, s in zip(times[:-1], times[1:], strict=True):
+                inputs = {
+                    "latent": x.expand(len(text), -1, -1, -1),
+                    "t": torch.full((len(text),), t),
+                    "text": text,
+                    "mask": mask,
+                }
+                v = mil.run(self.programs["unet"], inputs, function=self.function)["velocity"]
+                v = v if guidance == 1 else flow.guide(*v.chunk(2), guidance)
+                x = x + (s - t) * v
+            picture = mil.run(self.programs["decoder"], {"latent": x}, function=self.function)["picture"]
+            pictures += to_pictures(picture / 127.5 - 1)
+        return pictures
+
+
+def draw_and_score(args):
+    """pictures.png, and mini-GenEval of `--score` prompts a family, through the interpreted packages."""
+    packages = Packages(args.out)
+    prompts = prompts_of("val", 1, 0)
+    pictures = packages.draw([p for p in prompts for _ in range(3)], [0, 1, 2] * len(prompts))
+    rows = [pictures[i : i + 3] for i in range(0, len(pictures), 3)]
+    save_atomically(captioned_grid(rows, prompts, scale=2).save, args.out / "pictures.png")
+    if not args.score:
+        return None
+    prompts = prompts_of("val", args.score, 0)
+    return score(packages.draw(prompts, range(len(prompts))), prompts)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
+    # what to export
+    p.add_argument("--model", metavar="DIR", default="assets/zoo/step_distill", help="the student")
+    p.add_argument("--decoder", metavar="DIR", default="assets/zoo/decoder", help="the tiny decoder")
+    p.add_argument(
+        "--teacher", metavar="DIR", help="SD3 folder with the text encoders, if not the one in the student's config"
+    )
+    p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which of the three")
+    p.add_argument("--random", choices=PRESETS, help="a UNet of this size and its decoder with random weights instead")
+    # how
+    p.add_argument(
+        "--latent", type=int, nargs="+", metavar="SIDE", help="sides of the latent; several: a function for each"
+    )
+    p.add_argument("--batch", type=int, choices=(1, 2), help="2 for guidance; default: what the student needs")
+    p.add_argument(
+        "--nbits", type=int, choices=(16, 8, 6, 4), default=16, help="bits a weight: 8 linear, 6 and 4 palettes"
+    )
+    p.add_argument(
+        "--layout", choices=("standard", "ane"), default="standard", help="ane: (B, C, 1, S) and 1x1 convolutions"
+    )
+    p.add_argument("--target", choices=("iOS18", "iOS17"), default="iOS18", help="the oldest system that has to run it")
+    # checks
+    p.add_argument("--bisect", action="store_true", help="when a package misses its bar, name the first bad operation")
+    p.add_argument(
+        "--score", type=int, default=0, metavar="N", help="mini-GenEval of N prompts a family through the packages"
+    )
+    # writing
+    p.add_argument("--out", metavar="DIR", type=Path, default=Path("build"), help="where the packages go")
+    p.add_argument("--force", action="store_true", help="export again what is there already")
+    p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    return p.parse_args(argv)
+
+
+def fingerprint(args):
+    """What an exported part depends on: settings, and a hash of the weights."""
+    digest = hashlib.sha256()
+    for folder in () if args.random else (args.model, args.decoder):
+        path = Path(folder) / "model.safetensors"
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    names = ("random", "latent", "batch", "nbits", "layout", "target")
+    return {"weights": digest.hexdigest()[:16], **{name: getattr(args, name) for name in names}}
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    torch.set_flush_denormal(False)  # float16's smallest numbers are such
+    parts, pipeline, encoders = make_parts(args)
+    about = describe_machine(torch.device("cpu")) | {"coremltools": ct.__version__}
+    record, settings = args.out / "verification.json", fingerprint(args)
+    report = json.loads(record.read_text()) if record.is_file() else {"parts": {}}
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, sizes in parts.items():
+        there = (args.out / f"{name}.mlpackage").is_dir() and name in report["parts"]
+        if there and not args.force:
+            if report["parts"][name]["settings"] != settings:
+                raise SystemExit(
+                    f"{args.out}/{name}.mlpackage was exported with other settings: --force, or another --out."
+                )
+            print(f"{name}: kept, exported before with these settings")
+            continue
+        print(f"{name}: converting and verifying")
+        report["parts"][name] = {"settings": settings, "sizes": export(name, sizes, args, about)}
+        save_json(report | {"machine": about}, record)
+    if not args.random:
+        for name, tokenizer in zip(pipeline["tokenizers"], encoders.tokenizers, strict=True):
+            tokenizer.save_pretrained(args.out / name)
+    save_json(pipeline, args.out / "pipeline.json")
+
+    weights = "random weights" if args.random else f"weights of {args.model}, {args.decoder}"
+    print(
+        f"\nInterpreted op by op in torch, beside PyTorch ({about['device']}, coremltools {about['coremltools']}, {weights}):"
+    )
+    print(
+        f"{'part':14}{'latent':>7}{'float32 error':>15}{'float16 dB':>12}{'this Mac dB':>13}{'ops':>7}{'MB':>9}{'seconds':>9}"
+    )
+    for name, part in report["parts"].items():
+        for size, r in part["sizes"].items():
+            mac = "-" if r["mac_decibels"] is None else f"{r['mac_decibels']:.1f}"
+            print(f"{name:14}{size if int(size) else '-':>7}{r['float32_error']:15.1e}{r['decibels']:12.1f}{mac:>13}"
+                  f"{r['operations']:7}{r['bytes'] / 1e6:9.2f}{r['seconds']:9.1f}")  # fmt: skip
+    if not args.random and all((args.out / f"{name}.mlpackage").is_dir() for name in PARTS):
+        result = draw_and_score(args)
+        print(f"wrote {args.out}/pictures.png, drawn by the interpreted packages")
+        if result is not None:
+            report["mini_geneval"] = result
+            low, high = result["interval"]
+            print(f"mini-GenEval through the packages: {result['overall']:.3f} ({low:.3f} to {high:.3f}), "
+                  f"{result['pictures']} prompts")  # fmt: skip
+    save_json(report | {"machine": about}, record)
+    print(
+        f"wrote {args.out}/: {', '.join(f'{name}.mlpackage' for name in report['parts'])}, pipeline.json, verification.json"
+    )
+    if args.json:
+        print(json.dumps(report | {"machine": about}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,336 @@
+"""Stage 4: the phone's forms against the originals, packages read back and interpreted, broken ones caught."""
+
+import errno
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import export_coreml
+import mil_interpreter as mil
+from checkpoint import save_network
+from coreml_layers import AneTransformer, LayerNormGroups, PhoneDecoder, PhoneText, PhoneUNet
+from decoder import DecoderConfig, TinyDecoder, load_decoder
+from encoders import FrozenEncoders
+from export_coreml import Part, check, convert, export
+from model import Transformer2D, UNet, UNetConfig
+
+pytestmark = pytest.mark.usefixtures("at_home")
+SMALL = UNetConfig(
+    channels=(32, 32, 64), depth=(1, 1, 1), mid_depth=1, layers=1, head_dim=32, groups=16, text_dim=160, time_dim=64
+)
+PROMPTS = ["a photo of a red circle left of a blue star", "a photo of a star", ""]
+ABOUT = {"commit": "test"}
+
+
+def arguments(**changes):
+    return SimpleNamespace(**(vars(export_coreml.parse_arguments([])) | changes))
+
+
+def shaken(net):
+    """Random gains and offsets too: a norm that forgets them must not pass."""
+    for name, p in net.named_parameters():
+        if p.dim() == 1:
+            nn.init.normal_(p, 1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.2)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def students(home):
+    """Folders of a small student that was distilled for two steps, and of a small decoder, with random weights."""
+    torch.manual_seed(0)
+    config = {"encoders": str(home / "assets/toy-sd3"), "latent_size": [8, 8],
+              "sampling": {"steps": 2, "guidance": 1.0, "shift": 3.0, "times": [1.0, 0.75, 0.0]}}  # fmt: skip
+    scales = json.loads((home / "assets/zoo/fm/config.json").read_text())
+    config |= {name: scales[name] for name in ("scaling_factor", "shift_factor")}
+    save_network(home / "student", shaken(UNet(SMALL)), config)
+    decoder = shaken(TinyDecoder(DecoderConfig(channels=(32, 16, 16, 16), blocks=(1, 1, 1, 1), groups=8)))
+    save_network(home / "decoder", decoder, config, kind="decoder")
+    return home / "student", home / "decoder"
+
+
+@pytest.fixture(scope="module")
+def build(home, students):
+    """All three parts, exported once."""
+    student, decoder = students
+    export_coreml.main(
+        ["--model", str(student), "--decoder", str(decoder), "--score", "1", "--out", str(home / "build")]
+    )
+    return home / "build"
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The forms
+
+
+@pytest.mark.parametrize("layout", ["standard", "ane"])
+def test_unet_of_the_phone_is_the_unet(layout):
+    torch.manual_seed(0)
+    unet = shaken(UNet(SMALL))
+    x, t, text = torch.randn(3, 16, 8, 12), torch.tensor([0.1, 0.6, 1.0]), torch.randn(3, 24, 160)
+    mask = torch.arange(24)[None] < torch.tensor([[24], [7], [2]])
+    with torch.no_grad():
+        expected, found = unet(x, t, text, mask), PhoneUNet(unet, layout)(x, t, text, mask.float())
+    assert (expected - found).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_transformer_with_many_keys_in_both_layouts():
+    """--layout ane for heads with keys of their own as well (ladder steps before d2)."""
+    cfg = UNetConfig(channels=(64,), head_dim=32, groups=16, text_dim=48, multi_query=False)
+    net = shaken(Transformer2D(cfg, 64, 2, self_attention=True))
+    x, text, mask = torch.randn(2, 64, 4, 6), torch.randn(2, 5, 48), torch.zeros(2, 1, 1, 5)
+    with torch.no_grad():
+        assert (net(x, text, mask) - AneTransformer(net)(x, text, mask)).abs().max() < 1e-5
+
+
+def test_group_norm_as_layer_norm():
+    norm = shaken(nn.GroupNorm(4, 12))
+    x = 3 * torch.randn(2, 12, 5, 7) + 1
+    assert torch.allclose(norm(x), LayerNormGroups(norm)(x), atol=1e-5)
+
+
+def test_decoder_and_text_of_the_phone():
+    decoder, _ = load_decoder("assets/zoo/decoder")
+    encoders, z = FrozenEncoders("assets/toy-sd3"), torch.randn(1, 16, 6, 8)
+    text, mask = encoders.student_text(PROMPTS, 176)
+    with torch.no_grad():
+        assert (PhoneDecoder(decoder)(z) - ((decoder(z) + 1) * 127.5).clamp(0, 255)).abs().max() < 1e-2
+        phone = PhoneText(encoders.text_encoders, 176)
+        for i, prompt in enumerate(PROMPTS):
+            states, real = phone(*export_coreml.tokens_of(encoders, [prompt]))
+            assert torch.allclose(states[0], text[i], atol=1e-5) and torch.equal(real[0].bool(), mask[i])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Packages
+
+
+def test_every_part_is_verified_and_described(build):
+    report = json.loads((build / "verification.json").read_text())
+    assert set(report["parts"]) == {"text_encoder", "unet", "decoder"}
+    for part in report["parts"].values():
+        for numbers in part["sizes"].values():
+            assert numbers["float32_error"] < 1e-4 and 50 < numbers["decibels"] < 120
+    spec = mil.ct.models.MLModel(str(build / "unet.mlpackage"), skip_model_load=True).get_spec()
+    kinds = {
+        f.name: (list(f.type.multiArrayType.shape), f.type.multiArrayType.dataType) for f in spec.description.input
+    }
+    half, full = 65552, 65568  # FLOAT16 and FLOAT32 of Core ML's feature types
+    assert kinds == {
+        "latent": ([1, 16, 8, 8], full),
+        "t": ([1], full),
+        "text": ([1, 24, 160], half),
+        "mask": ([1, 24], half),
+    }
+    assert [f.name for f in spec.description.output] == ["velocity"]
+    assert all(f.shortDescription for f in [*spec.description.input, *spec.description.output])
+    metadata = spec.description.metadata
+    assert metadata.license == "MIT" and "UNet" in metadata.shortDescription and metadata.versionString
+    plan = json.loads((build / "pipeline.json").read_text())
+    assert plan["times"] == [1.0, 0.75, 0.0] and plan["guidance"] == 1.0 and plan["tokens"] == 24 and plan["batch"] == 1
+    assert report["mini_geneval"]["pictures"] == 6 and (build / "pictures.png").is_file()
+
+
+def test_the_chain_draws_what_pytorch_draws(build, students):
+    """Packages and pipeline.json alone give the picture that sample.py gives, but for float16."""
+    from checkpoint import load_student
+    from sample import draw_pictures
+
+    model, config = load_student(students[0])
+    expected = draw_pictures(
+        model, config, FrozenEncoders("assets/toy-sd3"), PROMPTS[:2], [3, 4], decoder=load_decoder(students[1])[0]
+    )
+    for a, b in zip(expected, export_coreml.Packages(build).draw(PROMPTS[:2], [3, 4]), strict=True):
+        assert a.size == b.size == (64, 64)
+        assert np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).mean() < 1.0  # of 255
+
+
+def test_finished_parts_are_kept(build, students, capsys):
+    command = ["--model", str(students[0]), "--decoder", str(students[1]), "--out", str(build), "--parts", "decoder"]
+    weights = build / "decoder.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
+    before = weights.stat().st_mtime_ns
+    export_coreml.main(command)
+    assert "decoder: kept" in capsys.readouterr().out
+    assert weights.stat().st_mtime_ns == before
+    with pytest.raises(SystemExit, match="other settings"):
+        export_coreml.main([*command, "--nbits", "8"])
+
+
+def test_time_embedding_stays_in_float32(build):
+    ops = mil.operations(mil.read_package(build / "unet.mlpackage"))
+    for op in ops:
+        if op.op_type in ("sin", "cos"):
+            assert mil.torch_type(op.outputs[0]) == torch.float32 and mil.torch_type(op.inputs["x"]) == torch.float32
+    halves = [op for op in ops if op.outputs and mil.torch_type(op.outputs[0]) == torch.float16]
+    assert len(halves) > 0.9 * len(ops)
+    assert not {"tile", "reduce_sum_square"} & {
+        op.op_type for op in ops
+    }  # MQA's one key serves all heads without copies
+
+
+def decoder_part(latent=8):
+    torch.manual_seed(1)
+    net = shaken(TinyDecoder(DecoderConfig(channels=(64, 32, 16, 16), blocks=(1, 1, 1, 1), groups=8)))
+    return export_coreml.decoder_part(net, latent)
+
+
+def test_several_sizes_share_one_package(tmp_path):
+    args = arguments(out=tmp_path, random=None)
+    reports = export("decoder", {8: decoder_part(8), 16: decoder_part(16)}, args, ABOUT)
+    program = mil.read_package(tmp_path / "decoder.mlpackage")
+    assert set(program.functions) == {"latent8", "latent16"}
+    assert all(report["decibels"] > 50 for report in reports.values())
+    (tmp_path / "one").mkdir()
+    export("decoder", {8: decoder_part(8)}, arguments(out=tmp_path / "one"), ABOUT)
+    assert reports[8]["bytes"] < 1.5 * export_coreml.size_of(
+        tmp_path / "one/decoder.mlpackage"
+    )  # weights are there once
+
+
+def test_fewer_bits_are_fewer_bytes_and_more_error(tmp_path):
+    size, quality = {}, {}
+    for nbits in (16, 8, 4):
+        out = tmp_path / str(nbits)
+        out.mkdir()
+        report = export("decoder", {8: decoder_part()}, arguments(out=out, nbits=nbits), ABOUT)[8]
+        size[nbits] = (out / "decoder.mlpackage/Data/com.apple.CoreML/weights/weight.bin").stat().st_size
+        quality[nbits] = report["decibels"]
+    assert size[8] < 0.65 * size[16] and size[4] < 0.45 * size[16]
+    assert quality[16] > quality[8] > quality[4]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What must be caught
+
+
+def program_of(part, tmp_path, precision):
+    export_coreml.save_package(convert(part, precision, arguments(), ABOUT), tmp_path / "x.mlpackage")
+    return mil.read_package(tmp_path / "x.mlpackage")
+
+
+def part_of(module, **inputs):
+    return Part(module.eval(), inputs, ("out",), dict.fromkeys([*inputs, "out"], "-"), "a test")
+
+
+class Alone(nn.Module):
+    """A transformer as the UNet calls it."""
+
+    def __init__(self, transformer):
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, x):
+        return self.transformer(x, self.text, None)
+
+
+def test_rope_of_another_size_is_caught(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    cfg = UNetConfig(channels=(64,), head_dim=32, groups=16, text_dim=48)
+    module = Alone(shaken(Transformer2D(cfg, 64, 1, self_attention=True)))
+    module.register_buffer("text", torch.randn(1, 5, 48))
+    part = part_of(module, x=torch.randn(1, 64, 4, 4))
+    good = program_of(part, tmp_path, "float32")
+    assert check(part, good, "exact", arguments())[0] < 1e-4
+    import model
+
+    table = model.rope_table
+    with monkeypatch.context() as patch:  # the table of a grid of 8 x 2, which has as many rows
+        patch.setattr(model, "rope_table", lambda h, w, d, device=None: table(2 * h, w // 2, d, device))
+        bad = program_of(part, tmp_path, "float32")
+    with pytest.raises(SystemExit, match="off PyTorch"):
+        check(part, bad, "exact", arguments())
+    with pytest.raises(SystemExit, match="the first bad one, .* dB: (mul|sub|cat|add|concat)"):
+        check(part, bad, "exact", arguments(bisect=True))
+
+
+class Loud(nn.Module):
+    """A group norm of large numbers, in nn.GroupNorm's form or in the phone's."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x * 2000.0)
+
+
+def test_group_norm_overflow_is_caught_and_its_other_form_survives(tmp_path):
+    torch.manual_seed(0)
+    norm, x = shaken(nn.GroupNorm(4, 16)), torch.randn(1, 16, 8, 8)
+    bad, good = part_of(Loud(norm), x=x), part_of(Loud(LayerNormGroups(norm)), x=x)
+    assert check(good, program_of(good, tmp_path, "float16"), "declared", arguments(), bar=50.0)[1] > 50
+    program = program_of(bad, tmp_path, "float16")
+    with pytest.raises(SystemExit, match="at least 50.0.* --bisect shows where"):
+        check(bad, program, "declared", arguments(), bar=50.0)
+    with pytest.raises(SystemExit, match="the first bad one, -inf dB: .*square"):
+        check(bad, program, "declared", arguments(bisect=True), bar=50.0)
+
+
+def test_bad_input_ends_in_one_sentence(tmp_path, students, monkeypatch):
+    toy = tmp_path / "gemma"
+    toy.mkdir()
+    for part in Path("assets/toy-sd3").resolve().iterdir():
+        if part.name != "text_encoder_2":
+            (toy / part.name).symlink_to(part)
+    (toy / "text_encoder_2").mkdir()
+    (toy / "text_encoder_2/config.json").write_text('{"model_type": "gemma2"}')
+    small = ["--model", str(students[0]), "--decoder", str(students[1])]
+    for command, words in (
+        (["--model", "nowhere"], "is not a student"),
+        (["--model", "assets/zoo/fm", "--batch", "1"], "guidance 3.0.* --batch 2"),
+        ([*small, "--teacher", str(toy)], "is a gemma2, and only CLIP"),
+        ([*small, "--latent", "6"], "multiples of 4"),
+        (["--random", "tiny"], "no text encoder"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            export_coreml.main([*command, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="no such package"):
+        mil.main([str(tmp_path / "nothing.mlpackage")])
+    (tmp_path / "empty.mlpackage").mkdir()
+    with pytest.raises(SystemExit, match="is not a Core ML package"):
+        mil.main([str(tmp_path / "empty.mlpackage")])
+
+    class Full:
+        def save(self, path):
+            Path(path).mkdir()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "old.mlpackage").mkdir()
+    with pytest.raises(SystemExit, match="disk is full.*intact"):
+        export_coreml.save_package(Full(), tmp_path / "old.mlpackage")
+    assert [p.name for p in tmp_path.glob("*old*")] == ["old.mlpackage"]  # and nothing half-written beside it
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The interpreter
+
+
+@pytest.mark.parametrize(("side", "stride"), [(8, 1), (8, 2), (7, 2)])
+def test_same_padding_is_core_mls(side, stride):
+    """The output of pad_type same has ceil(side / stride) rows; with an odd total the extra row of zeros comes last."""
+    x, w = torch.randn(1, 2, side, side), torch.randn(3, 2, 3, 3)
+    found = mil.conv(x, w, strides=(stride, stride), pad_type="same")
+    total = max(0, (-(-side // stride) - 1) * stride + 3 - side)
+    expected = F.conv2d(F.pad(x, (total // 2, total - total // 2) * 2), w, stride=stride)
+    assert found.shape[2] == -(-side // stride) and torch.equal(found, expected)
+
+
+def test_interpreter_refuses_what_it_does_not_know(build, capsys):
+    program = mil.read_package(build / "decoder.mlpackage")
+    with pytest.raises(ValueError, match="latent is missing"):
+        mil.run(program, {})
+    known = mil.OPERATIONS.pop("conv")
+    try:
+        with pytest.raises(ValueError, match="'conv' is not known here"):
+            mil.run(program, {"latent": torch.zeros(1, 16, 8, 8)})
+    finally:
+        mil.OPERATIONS["conv"] = known
+    mil.main([str(build / "decoder.mlpackage")])
+    assert "conv(" in capsys.readouterr().out
+    mil.main([str(build / "decoder.mlpackage"), "--count"])
+    assert " conv" in capsys.readouterr().out
