@@ -106,7 +106,13 @@ def load_student(folder, device="cpu"):
         config["sampling"]["steps"], config["latent_size"], config["encoders"]  # what sampling needs must be there
         return UNet(UNetConfig(**config["unet"]))
 
-    return load_network(folder, build, "student", "Train one with train_fm.py, or use assets/zoo/fm", device)
+    return load_network(
+        folder,
+        build,
+        "student",
+        "Train one with train_fm.py (stage 1), distill.py (2) or step_distill.py (3), or use assets/zoo/fm",
+        device,
+    )
 
 
 def load_network(folder, build, what, advice, device="cpu"):

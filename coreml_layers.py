@@ -110,13 +110,14 @@ class PhoneClip(nn.Module):
 class PhoneText(nn.Module):
     """Both CLIPs: forward(tokens, tokens_2 (1, T) int32) -> text (1, T, width), mask (1, T) of 0 and 1.
 
-    The mask is 1 up to and including the first end-of-text token. `width` pads the states with zeros, as encoders.pad_text.
+    The mask is 1 up to and including the first end-of-text token, the tokenizer's `end` (old CLIP configs name another).
+    `width` pads the states with zeros, as encoders.pad_text.
     """
 
-    def __init__(self, clips, width):
+    def __init__(self, clips, width, end):
         super().__init__()
         self.clips, self.width = nn.ModuleList(PhoneClip(clip) for clip in clips), width
-        self.end = clips[0].config.eos_token_id
+        self.end = end
 
     def forward(self, tokens, tokens_2):
         text = torch.cat([clip(ids) for clip, ids in zip(self.clips, (tokens, tokens_2), strict=True)], dim=-1)
@@ -147,8 +148,8 @@ class AneNorm(nn.Module):
     def forward(self, x):
         if self.bias is None:
             return x * torch.rsqrt(x.square().mean(1, keepdim=True) + self.eps) * self.weight[:, None, None]
-        x = x - x.mean(1, keepdim=True)
-        x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + self.eps)
+        x = (x - x.mean(1, keepdim=True)) / 16  # so that the squares stay below 65504 up to |x| = 4096
+        x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + self.eps / 256)
         return x * self.weight[:, None, None] + self.bias[:, None, None]
 
 
@@ -177,7 +178,7 @@ class AneAttention(nn.Module):
         out = []
         for i, q in enumerate(queries):
             j = i % len(keys)
-            scores = torch.einsum("bchq,bkhc->bkhq", q, keys[j]) * self.head_dim**-0.5  # (B, T, 1, S)
+            scores = torch.einsum("bchq,bkhc->bkhq", q * self.head_dim**-0.5, keys[j])  # (B, T, 1, S)
             scores = scores if mask is None else scores + mask
             out.append(torch.einsum("bkhq,bchk->bchq", scores.softmax(dim=1), values[j]))
         return self.to_out(torch.cat(out, dim=1))

@@ -197,8 +197,10 @@ def train(args, out):
     networks = {"model": model, "ema": ema, "phi": phi}
     start_step = load_state(out, settings, optimizers, **networks) if args.resume else 0
     log = Log(out / "log.csv", start_step)
-    config = {**student_config, "stage": "distill", "encoders": args.teacher, "settings": settings,
-              "machine": describe_machine(device)}  # fmt: skip
+    config = {
+        **student_config, "stage": "distill", "latent_size": list(data.latents.shape[2:]), "encoders": args.teacher,
+        "settings": settings, "machine": describe_machine(device),
+    }  # fmt: skip
     print(
         f"{args.size}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {args.losses} "
         f"({args.weighting}), {len(data)} pictures, {config['machine']}, seed {args.seed}, steps {start_step} to {args.steps}"

@@ -20,6 +20,16 @@ transformers.utils.logging.disable_progress_bar()  # one bar per network says no
 PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
+def hash_folders(folders):
+    """A hash of the name, size and first megabyte of every file in these folders: other weights, another hash."""
+    digest = hashlib.sha256()
+    for path in sorted(p for folder in folders for p in Path(folder).rglob("*") if p.is_file()):
+        with open(path, "rb") as file:
+            name = path.relative_to(path.parents[1])
+            digest.update(f"{name} {path.stat().st_size}".encode() + file.read(1 << 20))
+    return digest.hexdigest()[:16]
+
+
 class FrozenAutoencoder:
     """The autoencoder of an SD3 folder (or a folder that is one), in eval mode and without gradients.
 
@@ -53,14 +63,8 @@ class FrozenAutoencoder:
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # f = 8: pixels per latent cell and side
 
     def fingerprint(self, *parts):
-        """A hash of the name, size and first megabyte of every file of these parts (none given: of all parts)."""
-        digest = hashlib.sha256()
-        folders = [self.vae_folder if part == "vae" else self.folder / part for part in parts or self.parts]
-        for path in sorted(p for folder in folders for p in folder.rglob("*") if p.is_file()):
-            with open(path, "rb") as file:
-                name = path.relative_to(path.parents[1])
-                digest.update(f"{name} {path.stat().st_size}".encode() + file.read(1 << 20))
-        return digest.hexdigest()[:16]
+        """hash_folders() of these parts (none given: of all parts)."""
+        return hash_folders([self.vae_folder if part == "vae" else self.folder / part for part in parts or self.parts])
 
     @torch.no_grad()
     def encode_pictures(self, pictures):

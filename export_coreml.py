@@ -18,10 +18,11 @@ inputs also go through Core ML itself.
 """
 
 import argparse
+import contextlib
 import errno
 import functools
-import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -41,7 +42,7 @@ from coreml_layers import PhoneDecoder, PhoneText, PhoneUNet
 from data import captioned_grid, rng, to_pictures
 from decoder import PRESETS as DECODERS
 from decoder import TinyDecoder, load_decoder
-from encoders import FrozenEncoders
+from encoders import FrozenAutoencoder, FrozenEncoders, hash_folders
 from evaluate import prompts_of, score
 from mil_interpreter import ct  # coremltools, with its warnings about this machine silenced
 from model import PRESETS, UNet
@@ -56,6 +57,7 @@ class Part:
     """One network to export: a module, an example of every input, and what each input and output is."""
 
     module: torch.nn.Module
+    reference: object  # the network as the other stages run it, called with the same inputs
     inputs: dict  # name -> example tensor, whose shape is the only one the package will take
     outputs: tuple  # names
     descriptions: dict  # of inputs and outputs
@@ -64,9 +66,9 @@ class Part:
     float32: tuple = ()  # inputs and outputs kept in float32
 
     def expected(self):
-        """What PyTorch says to the example: {name: tensor}."""
+        """What the original network says to the example: {name: tensor}."""
         with torch.no_grad():
-            out = self.module(*self.inputs.values())
+            out = self.reference(*self.inputs.values())
         return dict(zip(self.outputs, out if isinstance(out, tuple) else (out,), strict=True))
 
 
@@ -82,8 +84,14 @@ def tokens_of(encoders, captions):
 
 def text_part(encoders, width):
     tokens, tokens_2 = tokens_of(encoders, [EXAMPLE])
+    clips, end = encoders.text_encoders, encoders.tokenizers[0].eos_token_id
+
+    def reference(*tokens):
+        text, mask = encoders.student_text([EXAMPLE], width)
+        return text, mask.float()
+
     return Part(
-        PhoneText(encoders.text_encoders, width).eval(), {"tokens": tokens, "tokens_2": tokens_2}, ("text", "mask"),
+        PhoneText(clips, width, end).eval(), reference, {"tokens": tokens, "tokens_2": tokens_2}, ("text", "mask"),
         {"tokens": f"token ids of the first tokenizer, (1, {tokens.shape[1]}), padded",
          "tokens_2": "token ids of the second tokenizer, the same shape",
          "text": f"text states, (1, {tokens.shape[1]}, {width}); an input of the UNet",
@@ -99,7 +107,7 @@ def unet_part(unet, latent, text, mask, batch, layout):
               "text": text, "mask": mask}  # fmt: skip
     shape = f"({batch}, {channels}, {latent}, {latent})"
     return Part(
-        PhoneUNet(unet, layout).eval(), inputs, ("velocity",),
+        PhoneUNet(unet, layout).eval(), lambda latent, t, text, mask: unet(latent, t, text, mask.bool()), inputs, ("velocity",),
         {"latent": f"x_t, {shape}: noise at t = 1, the picture's latent at t = 0", "t": "time, 1 to 0",
          "text": "text states of the text encoder" + (", the caption's and the empty caption's" if batch == 2 else ""),
          "mask": "mask of the text encoder", "velocity": f"v, {shape}: x_s = x_t + (s - t) v"},
@@ -111,7 +119,8 @@ def unet_part(unet, latent, text, mask, batch, layout):
 def decoder_part(decoder, latent):
     channels = decoder.cfg.latent_channels
     return Part(
-        PhoneDecoder(decoder).eval(), {"latent": torch.randn(1, channels, latent, latent, generator=rng(0, latent))}, ("picture",),
+        PhoneDecoder(decoder).eval(), lambda latent: (decoder.decode_latents(latent) + 1) * 127.5,
+        {"latent": torch.randn(1, channels, latent, latent, generator=rng(0, latent))}, ("picture",),
         {"latent": f"x_0, (1, {channels}, {latent}, {latent}), as the UNet leaves it",
          "picture": f"red, green and blue from 0 to 255, (1, 3, {8 * latent}, {8 * latent})"},
         f"SnapGen: the tiny decoder, {sum(p.numel() for p in decoder.parameters()) / 1e6:.2f} M parameters",
@@ -134,26 +143,37 @@ def make_parts(args):
     else:
         unet, config = load_student(args.model)
         folder = Path(args.teacher or config["encoders"])
-        refuse_language_models(folder)
-        encoders = FrozenEncoders(folder)
+        speaks_clip = is_clip(folder, "text_encoder" in args.parts)
+        encoders = FrozenEncoders(folder) if speaks_clip else FrozenAutoencoder(folder)
         check_encoders(config, encoders)
         decoder, decoder_config = load_decoder(args.decoder)
         check_encoders(decoder_config, encoders)
         sizes, habits = args.latent or [config["latent_size"][0]], config["sampling"]
         guidance = habits["guidance"]
-        text, mask = encoders.student_text([EXAMPLE], unet.cfg.text_dim)
+        if speaks_clip:
+            text, mask = encoders.student_text([EXAMPLE], unet.cfg.text_dim)
+        else:  # states of the right size will do to check a program with
+            text, mask = torch.randn(1, 77, unet.cfg.text_dim, generator=rng(0)), torch.ones(1, 77)
         times = habits.get("times") or flow.sampling_timesteps(habits["steps"], habits["shift"]).tolist()
         pipeline = {
             "model": str(args.model), "steps": habits["steps"], "times": times, "shift": habits["shift"], "guidance": guidance,
             "scaling_factor": encoders.scaling_factor, "shift_factor": encoders.shift_factor,
             "latents": "already scaled and shifted: the decoder takes what the UNet leaves",
-            "tokenizers": ["tokenizer", "tokenizer_2"], "tokens": encoders.max_tokens,
+            "tokenizers": ["tokenizer", "tokenizer_2"] if speaks_clip else [], "tokens": mask.shape[1],
         }  # fmt: skip
     batch = args.batch or (1 if guidance == 1 else 2)
     if guidance != 1 and batch == 1:
         raise SystemExit(
             f"{args.model} draws with guidance {guidance}, which takes the caption and the empty caption in one batch: "
             "give --batch 2, or a student of stage 3 such as assets/zoo/step_distill."
+        )
+    if guidance == 1 and batch == 2:
+        raise SystemExit(
+            f"{args.model or args.random} draws without guidance, one forward a step: leave --batch 2 out."
+        )
+    if len(sizes) > 1 and args.target == "iOS17":
+        raise SystemExit(
+            "one package for several latent sizes needs iOS 18: leave --target iOS17 out, or export one size."
         )
     step = 2 ** (len(unet.cfg.channels) - 1)
     if any(size < step or size % step for size in sizes):
@@ -165,19 +185,33 @@ def make_parts(args):
         parts["unet"] = {size: unet_part(unet, size, text, mask, batch, args.layout) for size in sizes}
     if "decoder" in args.parts:
         parts["decoder"] = {size: decoder_part(decoder, size) for size in sizes}
-    pipeline |= {"batch": batch, "latent_channels": unet.cfg.latent_channels, "latent_sizes": sizes}
+    functions = {"functions": {size: function_name(size, sizes) for size in sizes}}
+    pipeline |= functions | {
+        "batch": batch,
+        "nbits": args.nbits,
+        "latent_channels": unet.cfg.latent_channels,
+        "latent_sizes": sizes,
+    }
     return parts, pipeline, encoders
 
 
-def refuse_language_models(folder):
-    """A text encoder of billions of weights does not belong on a phone, and its layers are not CLIP's."""
+def function_name(size, sizes):
+    """Of a package's function for a latent of this side: a package for one size has only one."""
+    return "main" if len(sizes) == 1 or not size else f"latent{size}"
+
+
+def is_clip(folder, wanted):
+    """True if both text encoders of the folder are CLIPs; False, or an error if the text encoder is `wanted`, if not."""
     for name in ("text_encoder", "text_encoder_2"):
         path = folder / name / "config.json"
         if path.is_file() and (kind := json.loads(path.read_text()).get("model_type")) != "clip_text_model":
-            raise SystemExit(
-                f"{folder / name} is a {kind}, and only CLIP text models are exported: run a language model elsewhere, and "
-                "give its states to the UNet (--parts unet decoder)."
-            )
+            if wanted:  # billions of weights do not belong on a phone, and the layers are not CLIP's
+                raise SystemExit(
+                    f"{folder / name} is a {kind}, and only CLIP text models are exported: run a language model elsewhere, and "
+                    "give its states to the UNet (--parts unet decoder)."
+                )
+            return False
+    return True
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -213,6 +247,7 @@ def convert(part, precision, args, about):
         compute_precision=ct.transform.FP16ComputePrecision(lambda op: not feeds_sine(op)) if half else ct.precision.FLOAT32,
         inputs=[ct.TensorType(name, tuple(x.shape), dtype=kind(name, x)) for name, x in part.inputs.items()],
         outputs=[ct.TensorType(name, dtype=kind(name)) for name in part.outputs],
+        skip_model_load=True,
     )  # fmt: skip
     package.short_description, package.license, package.version = part.summary, "MIT", about["commit"]
     package.author = "made by export_coreml.py"
@@ -228,30 +263,55 @@ def compress(package, nbits):
     """Weights in fewer bits: 8 as integers with a scale for each channel, 6 and 4 as palettes found by k-means."""
     optimize = ct.optimize.coreml
     if nbits == 8:
-        settings = optimize.OpLinearQuantizerConfig(mode="linear_symmetric", weight_threshold=512)
-        return optimize.linear_quantize_weights(package, optimize.OptimizationConfig(settings))
-    settings = optimize.OpPalettizerConfig(mode="kmeans", nbits=nbits, weight_threshold=512, num_kmeans_workers=1)
-    return optimize.palettize_weights(package, optimize.OptimizationConfig(settings))
+        how, compress_weights = (
+            optimize.OpLinearQuantizerConfig(mode="linear_symmetric"),
+            optimize.linear_quantize_weights,
+        )
+    else:
+        how = optimize.OpPalettizerConfig(mode="kmeans", nbits=nbits, num_kmeans_workers=1)
+        compress_weights = optimize.palettize_weights
+    how.weight_threshold = 512
+    kinds = dict.fromkeys(("conv", "linear", "matmul", "gather"), how)  # not the tables of RoPE, nor gains and offsets
+    return compress_weights(package, optimize.OptimizationConfig(op_type_configs=kinds))
 
 
 def save_package(package, path):
     """Write a package beside its place and rename it, so that a kill or a full disk leaves the last good one."""
-
-    def save(beside):
-        (package.save if hasattr(package, "save") else package)(str(beside))
-
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
+    beside, old = (path.with_name(f".{os.getpid()}{what}.{path.name}") for what in ("", ".old"))
+    with clear_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        save(beside)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(beside, path)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "the disk is full" if full else error.strerror or str(error)
-        raise SystemExit(f"cannot write {path}: {what}. What was exported before is intact.") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        try:
+            (package.save if hasattr(package, "save") else package)(str(beside))
+            if path.exists():
+                os.replace(path, old)
+            try:
+                os.replace(beside, path)
+            except OSError:
+                if old.exists():
+                    os.replace(old, path)
+                raise
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def clear_errors(path):
+    """A full disk or a place that cannot be written to, in one sentence. shutil and coremltools hide the number in the text."""
+    try:
+        yield
+    except Exception as error:
+        if (
+            getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            or "No space left" in str(error)
+            or "Errno 28" in str(error)
+        ):
+            raise SystemExit(
+                f"the disk is full: could not write {path}. What was exported before is intact."
+            ) from error
+        if isinstance(error, OSError):
+            raise SystemExit(f"cannot write {path}: {error}.") from error
+        raise
 
 
 def size_of(path):
@@ -263,20 +323,18 @@ def size_of(path):
 
 
 def decibels(expected, found):
-    """Signal to error, 10 log10(mean expected^2 / mean error^2); minus infinity when something is not a number."""
-    error = (expected - found).square().mean()
-    return (
-        (10 * torch.log10(expected.square().mean() / error.clamp(min=1e-30))).item()
-        if torch.isfinite(error)
-        else -np.inf
-    )
+    """Signal to error, 10 log10(mean expected^2 / mean error^2): infinity without error, minus infinity for NaN or overflow."""
+    error = (expected - found).double().square().mean()
+    if error == 0:
+        return math.inf
+    return (10 * torch.log10(expected.double().square().mean() / error)).item() if torch.isfinite(error) else -math.inf
 
 
 def compare(part, program, precision, function="main"):
-    """(largest error in units of the part, smallest decibels) over all outputs of the interpreted program."""
+    """(largest error in units of the part, smallest decibels) over all outputs of the interpreted program. NaN stays NaN."""
     found, expected = mil.run(program, part.inputs, precision, function), part.expected()
-    errors = [(expected[name] - found[name]).abs().max().item() / part.unit for name in part.outputs]
-    return max(errors), min(decibels(expected[name], found[name]) for name in part.outputs)
+    errors = torch.stack([(expected[name] - found[name]).abs().max() / part.unit for name in part.outputs])
+    return errors.max().item(), min(decibels(expected[name], found[name]) for name in part.outputs)
 
 
 def bisect(part, program, precision, bar, function="main"):
@@ -312,12 +370,12 @@ def bisect(part, program, precision, bar, function="main"):
 def check(part, program, precision, args, function="main", bar=None):
     """compare(), and an error that names the first bad operation when a bar is missed."""
     error, value = compare(part, program, precision, function)
-    failed = error > FLOAT32_BAR if precision == "exact" else bar is not None and not value >= bar
+    failed = not error <= FLOAT32_BAR if precision == "exact" else not value >= (-300.0 if bar is None else bar)
     if failed:
         said = (
             f"{error:.1e} off PyTorch (at most {FLOAT32_BAR})"
             if precision == "exact"
-            else f"{value:.1f} dB (at least {bar})"
+            else f"{value:.1f} dB (at least {bar or 'a number'})"
         )
         hint = (
             f"\n    {bisect(part, program, precision, bar or 80.0, function)}"
@@ -328,56 +386,62 @@ def check(part, program, precision, args, function="main", bar=None):
     return error, value
 
 
-def on_this_mac(part, path, function=None):
-    """Decibels of Core ML's own prediction on macOS, or None elsewhere."""
+def on_this_mac(part, path, function, bar):
+    """On macOS {compute unit: decibels of Core ML's own prediction}, and an error if its CPU misses the bar; None elsewhere."""
     if sys.platform != "darwin":
         return None  # no Core ML there
-    model = ct.models.MLModel(str(path), function_name=function)
-    found = model.predict({name: x.numpy() for name, x in part.inputs.items()})
-    return min(
-        decibels(value, torch.from_numpy(np.asarray(found[name])).float()) for name, value in part.expected().items()
-    )
+    found = {}
+    for unit in ("CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE"):
+        model = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit[unit], function_name=function)
+        out = model.predict({name: x.numpy() for name, x in part.inputs.items()})
+        values = {name: torch.from_numpy(np.asarray(out[name])).float() for name in part.outputs}
+        found[unit] = min(decibels(value, values[name]) for name, value in part.expected().items())
+    if bar is not None and not found["CPU_ONLY"] >= bar:
+        raise SystemExit(
+            f"{part.summary}: {found['CPU_ONLY']:.1f} dB on this Mac's CPU (at least {bar}), and not kept."
+        )
+    return found
 
 
-def export(name, sizes, args, about):
+def join(halves, sizes, path):
+    """One package with a function for each latent size, which share their weights, and the description that each had."""
+    descriptor = ct.utils.MultiFunctionDescriptor()
+    for size, half in halves.items():
+        descriptor.add_function(str(half), src_function_name="main", target_function_name=function_name(size, sizes))
+    descriptor.default_function_name = function_name(sizes[0], sizes)
+    ct.utils.save_multifunction(descriptor, str(path))
+    joined, first = (ct.models.MLModel(str(p), skip_model_load=True) for p in (path, halves[sizes[0]]))
+    spec = joined.get_spec()  # coremltools leaves licence, version and author behind
+    spec.description.metadata.CopyFrom(first.get_spec().description.metadata)
+    ct.models.utils.save_spec(spec, str(path), weights_dir=joined.weights_dir)
+
+
+def export(name, parts, args, about):
     """Convert, save and verify one part at all its latent sizes: {latent size: report}, and out/NAME.mlpackage."""
-    path, reports, start = args.out / f"{name}.mlpackage", {}, time.time()
-    with tempfile.TemporaryDirectory(dir=args.out, prefix=".") as scratch:
+    path, reports, start, sizes = args.out / f"{name}.mlpackage", {}, time.time(), list(parts)
+    bar = FLOAT16_BAR if args.nbits == 16 and not args.random else None
+    with clear_errors(path), tempfile.TemporaryDirectory(dir=args.out, prefix=".") as scratch:
         halves = {}
-        for size, part in sizes.items():
+        for size, part in parts.items():
             exact = Path(scratch) / f"exact{size}.mlpackage"
-            save_package(convert(part, "float32", args, about), exact)
+            convert(part, "float32", args, about).save(str(exact))
             error, _ = check(part, mil.read_package(exact), "exact", args)
             shutil.rmtree(exact)
             package = convert(part, "float16", args, about)
-            if args.nbits < 16:
-                package = compress(package, args.nbits)
             halves[size] = Path(scratch) / f"{name}{size}.mlpackage"
-            save_package(package, halves[size])
+            (package if args.nbits == 16 else compress(package, args.nbits)).save(str(halves[size]))
             reports[size] = {"float32_error": error}
-        functions = {size: "main" if len(sizes) == 1 else f"latent{size}" for size in sizes}
-        if len(sizes) == 1:
-            finished = functools.partial(shutil.copytree, halves[next(iter(sizes))])
-        else:  # one package, one set of weights, a function for each size
-            descriptor = ct.utils.MultiFunctionDescriptor()
-            for size, half in halves.items():
-                descriptor.add_function(str(half), src_function_name="main", target_function_name=functions[size])
-            descriptor.default_function_name = next(iter(functions.values()))
-            finished = functools.partial(ct.utils.save_multifunction, descriptor)
-        candidate = Path(scratch) / f"candidate-{name}.mlpackage"
-        save_package(finished, candidate)
+        candidate = halves[sizes[0]]
+        if len(sizes) > 1:
+            candidate = Path(scratch) / f"{name}.mlpackage"
+            join(halves, sizes, candidate)
         program = mil.read_package(candidate)
-        for size, part in sizes.items():
-            bar = FLOAT16_BAR if args.nbits == 16 and not args.random else None
-            _, value = check(part, program, "declared", args, functions[size], bar)
-            mac = on_this_mac(part, candidate, functions[size] if len(sizes) > 1 else None)
-            operations = len(mil.operations(program, functions[size]))
-            reports[size] |= {
-                "function": functions[size],
-                "decibels": value,
-                "mac_decibels": mac,
-                "operations": operations,
-            }
+        for size, part in parts.items():
+            function = function_name(size, sizes)
+            _, value = check(part, program, "declared", args, function, bar)
+            mac = on_this_mac(part, candidate, function if len(sizes) > 1 else None, bar)
+            operations = len(mil.operations(program, function))
+            reports[size] |= {"function": function, "decibels": value, "mac": mac, "operations": operations}
         save_package(functools.partial(shutil.copytree, candidate), path)
     for report in reports.values():
         report |= {"bytes": size_of(path), "seconds": round(time.time() - start, 1)}
@@ -399,7 +463,7 @@ class Packages:
         self.programs = {name: mil.read_package(folder / f"{name}.mlpackage") for name in PARTS}
         self.tokenizers = [CLIPTokenizer.from_pretrained(folder / name) for name in self.plan["tokenizers"]]
         self.size = self.plan["latent_sizes"][0]
-        self.function = "main" if len(self.plan["latent_sizes"]) == 1 else f"latent{self.size}"
+        self.function = function_name(self.size, self.plan["latent_sizes"])
 
     def encode(self, caption):
         """(text, mask) of one caption."""
@@ -487,14 +551,31 @@ def parse_arguments(argv=None):
     return p.parse_args(argv)
 
 
-def fingerprint(args):
-    """What an exported part depends on: settings, and a hash of the weights."""
-    digest = hashlib.sha256()
-    for folder in () if args.random else (args.model, args.decoder):
-        path = Path(folder) / "model.safetensors"
-        digest.update(path.read_bytes() if path.is_file() else b"")
-    names = ("random", "latent", "batch", "nbits", "layout", "target")
-    return {"weights": digest.hexdigest()[:16], **{name: getattr(args, name) for name in names}}
+def settings_of(name, args, encoders):
+    """What an exported part depends on: its weights, by their hash, and the flags."""
+    weights = args.random
+    if not args.random:
+        texts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        folders = {"unet": args.model, "decoder": args.decoder}
+        weights = encoders.fingerprint(*texts) if name == "text_encoder" else hash_folders([folders[name]])
+    return {
+        "weights": weights,
+        **{flag: getattr(args, flag) for flag in ("latent", "batch", "nbits", "layout", "target")},
+    }
+
+
+def check_company(name, recorded, settings, args):
+    """pipeline.json speaks for all parts in the folder: they must have been exported for the same sizes and student."""
+    for other, part in recorded.items():
+        if other != name and any(part["settings"][flag] != settings[flag] for flag in ("latent", "batch")):
+            raise SystemExit(
+                f"{args.out} holds a {other} for another --latent or --batch: give the same, or another --out."
+            )
+    theirs = recorded.get("unet", {}).get("settings", {}).get("weights")
+    if name != "unet" and not args.random and theirs not in (None, hash_folders([args.model])):
+        raise SystemExit(
+            f"{args.out} holds the UNet of another student than {args.model}: give its --model, or another --out."
+        )
 
 
 def main(argv=None):
@@ -502,39 +583,51 @@ def main(argv=None):
     torch.set_flush_denormal(False)  # float16's smallest numbers are such
     parts, pipeline, encoders = make_parts(args)
     about = describe_machine(torch.device("cpu")) | {"coremltools": ct.__version__}
-    record, settings = args.out / "verification.json", fingerprint(args)
+    record, exported = args.out / "verification.json", False
     report = json.loads(record.read_text()) if record.is_file() else {"parts": {}}
-    args.out.mkdir(parents=True, exist_ok=True)
+    with clear_errors(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
     for name, sizes in parts.items():
-        there = (args.out / f"{name}.mlpackage").is_dir() and name in report["parts"]
-        if there and not args.force:
+        settings = settings_of(name, args, encoders)
+        check_company(
+            name, {k: v for k, v in report["parts"].items() if not (args.force and k in parts)}, settings, args
+        )
+        if (args.out / f"{name}.mlpackage").is_dir() and name in report["parts"] and not args.force:
             if report["parts"][name]["settings"] != settings:
                 raise SystemExit(
-                    f"{args.out}/{name}.mlpackage was exported with other settings: --force, or another --out."
+                    f"{args.out}/{name}.mlpackage has other settings or weights: --force, or another --out."
                 )
             print(f"{name}: kept, exported before with these settings")
             continue
         print(f"{name}: converting and verifying")
-        report["parts"][name] = {"settings": settings, "sizes": export(name, sizes, args, about)}
+        report["parts"].pop(name, None)  # until the new one is there and verified, nothing is said about it
+        report.pop("mini_geneval", None)
+        save_json(report, record)
+        reports = export(name, sizes, args, about)
+        report["parts"][name], exported = {"settings": settings, "sizes": reports}, True
         save_json(report | {"machine": about}, record)
-    if not args.random:
-        for name, tokenizer in zip(pipeline["tokenizers"], encoders.tokenizers, strict=True):
+    with clear_errors(args.out):
+        for name, tokenizer in zip(pipeline.get("tokenizers", ()), getattr(encoders, "tokenizers", ()), strict=True):
             tokenizer.save_pretrained(args.out / name)
     save_json(pipeline, args.out / "pipeline.json")
 
     weights = "random weights" if args.random else f"weights of {args.model}, {args.decoder}"
+    print(f"\nInterpreted op by op in torch, beside PyTorch ({about['device']}, coremltools {about['coremltools']}, {weights}, "
+          f"{args.nbits} bits):")  # fmt: skip
     print(
-        f"\nInterpreted op by op in torch, beside PyTorch ({about['device']}, coremltools {about['coremltools']}, {weights}):"
-    )
-    print(
-        f"{'part':14}{'latent':>7}{'float32 error':>15}{'float16 dB':>12}{'this Mac dB':>13}{'ops':>7}{'MB':>9}{'seconds':>9}"
+        f"{'part':14}{'latent':>7}{'float32 error':>15}{'float16 dB':>12}{'ops':>7}{'MB':>9}{'seconds':>9}   on this Mac, dB"
     )
     for name, part in report["parts"].items():
         for size, r in part["sizes"].items():
-            mac = "-" if r["mac_decibels"] is None else f"{r['mac_decibels']:.1f}"
-            print(f"{name:14}{size if int(size) else '-':>7}{r['float32_error']:15.1e}{r['decibels']:12.1f}{mac:>13}"
-                  f"{r['operations']:7}{r['bytes'] / 1e6:9.2f}{r['seconds']:9.1f}")  # fmt: skip
-    if not args.random and all((args.out / f"{name}.mlpackage").is_dir() for name in PARTS):
+            mac = (
+                ", ".join(f"{unit} {value:.1f}" for unit, value in r["mac"].items()) if r["mac"] else "no Core ML here"
+            )
+            print(f"{name:14}{size if int(size) else '-':>7}{r['float32_error']:15.1e}{r['decibels']:12.1f}"
+                  f"{r['operations']:7}{r['bytes'] / 1e6:9.2f}{r['seconds']:9.1f}   {mac}")  # fmt: skip
+    whole = (
+        not args.random and pipeline["tokenizers"] and all((args.out / f"{name}.mlpackage").is_dir() for name in PARTS)
+    )
+    if whole and (exported or args.score):
         result = draw_and_score(args)
         print(f"wrote {args.out}/pictures.png, drawn by the interpreted packages")
         if result is not None:

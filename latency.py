@@ -17,6 +17,8 @@ import argparse
 import asyncio
 import collections
 import json
+import math
+import platform
 import statistics
 import sys
 import time
@@ -52,9 +54,15 @@ def has_core_ml():
 
 async def find_iphone(args):
     """The connected iPhone, with coremltools' model runner installed on it."""
+    from coremltools.models.ml_program.experimental import remote_device
     from coremltools.models.ml_program.experimental.remote_device import AppSigningCredentials, Device, DeviceType
 
-    phones = Device.get_connected_devices(DeviceType.IPHONE)
+    # coremltools asks the phone 20 times, twice a second, and gives up; a first load for the neural engine takes minutes.
+    remote_device._DeviceCtlRemoteService.__init__.__defaults__ = (0.5, math.ceil(args.patience / 0.5))
+    try:
+        phones = Device.get_connected_devices(DeviceType.IPHONE)
+    except Exception as error:  # no Xcode, or one too old
+        raise SystemExit(f"cannot look for an iPhone: {error}. Xcode and its command line tools are needed.") from error
     if not phones:
         raise SystemExit("no iPhone is connected: plug one in, unlock it, trust this Mac, and turn developer mode on.")
     if not args.team:
@@ -62,16 +70,17 @@ async def find_iphone(args):
             "give --team, the ten letters of your Apple development team: the runner on the phone must be signed."
         )
     credentials = AppSigningCredentials(development_team=args.team, bundle_identifier=args.bundle)
-    return await phones[0].prepare_for_model_debugging(credentials=credentials)
+    try:
+        return await phones[0].prepare_for_model_debugging(credentials=credentials)
+    except Exception as error:
+        raise SystemExit(f"the runner could not be put on {phones[0].name}: {error}") from error
 
 
-async def time_package(path, function, unit, device, args):
+async def time_package(path, unit, device, args):
     """Milliseconds of one package on one compute unit: {"first_load", "load", "predict", "predict_samples"}."""
     from coremltools.models.ml_program.experimental.perf_utils import MLModelBenchmarker
 
-    model = ct.models.MLModel(
-        str(path), compute_units=ct.ComputeUnit[unit], function_name=function, skip_model_load=True
-    )
+    model = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit[unit], skip_model_load=True)
     benchmarker = MLModelBenchmarker(model, device=device)
     loads = await asyncio.wait_for(benchmarker.benchmark_load(iterations=1 + args.loads), args.patience)
     predictions = await asyncio.wait_for(benchmarker.benchmark_predict(iterations=args.n, warmup=True), args.patience)
@@ -81,16 +90,25 @@ async def time_package(path, function, unit, device, args):
 
 async def measure(folder, args):
     """Every part on every compute unit: {"device", "os", "parts": {part: {unit: times}}}. A unit that fails is told, not hidden."""
+    plan = json.loads((folder / "pipeline.json").read_text())
+    if len(plan["latent_sizes"]) > 1:
+        raise SystemExit(
+            f"{folder} has a function for each of several latent sizes, and coremltools times only packages for one: "
+            "export one size for this."
+        )
     device = await find_iphone(args) if args.device == "iphone" else None
-    where = {"device": device.name, "os": device.os_version} if device else {"device": "this Mac", "os": sys.platform}
-    plan, report = json.loads((folder / "pipeline.json").read_text()), {**where, "parts": {}}
+    mac = {"device": f"this Mac, {platform.machine()}", "os": f"macOS {platform.mac_ver()[0]}"}
+    report = {
+        **(mac if device is None else {"device": device.name, "os": device.os_version}),
+        "nbits": plan["nbits"],
+        "parts": {},
+    }
     for part in parts_in(folder):
         report["parts"][part] = {}
-        function = function_of(plan, part)
         for name, unit in UNITS.items():
             print(f"{part} on the {name} (the first load may take minutes)", flush=True)
             try:
-                times = await time_package(folder / f"{part}.mlpackage", function, unit, device, args)
+                times = await time_package(folder / f"{part}.mlpackage", unit, device, args)
             except TimeoutError:
                 times = {"error": f"nothing came back within {args.patience} s: try --patience"}
             except Exception as error:  # one unit that cannot run a part says nothing about the others
@@ -107,13 +125,12 @@ def parts_in(folder):
 
 
 def function_of(plan, part):
-    """The function of a multifunction package that is timed: that of the first latent size; None when there is only one."""
-    many = part != "text_encoder" and len(plan["latent_sizes"]) > 1
-    return f"latent{plan['latent_sizes'][0]}" if many else None
+    """The function that is looked at: of a package for several latent sizes that of the first."""
+    return "main" if part == "text_encoder" else plan["functions"][str(plan["latent_sizes"][0])]
 
 
 def print_times(report, plan):
-    print(f"\n{report['device']}, {report['os']}, float16 weights and activations; milliseconds")
+    print(f"\n{report['device']}, {report['os']}, float16, weights of {report['nbits']} bits; milliseconds")
     print(f"{'part':14}{'unit':15}{'first load':>12}{'load':>9}{'predict':>9}   the paper, a prediction")
     for part, units in report["parts"].items():
         for unit, times in units.items():
@@ -184,7 +201,7 @@ def report_programs(folder):
     plan, report = json.loads((folder / "pipeline.json").read_text()), {}
     print(f"{'part':14}{'GMACs':>9}{'ops':>7}{'weights MB':>12}{'peak activations MB':>21}{'latency ms':>12}")
     for part in parts_in(folder):
-        path, function = folder / f"{part}.mlpackage", function_of(plan, part) or "main"
+        path, function = folder / f"{part}.mlpackage", function_of(plan, part)
         program = mil.read_package(path)
         ops = mil.operations(program, function)
         weights = sum(p.stat().st_size for p in path.rglob("weight.bin"))
@@ -203,19 +220,19 @@ def report_programs(folder):
 @torch.inference_mode()
 def ladder_times(side, rounds):
     """{step: seconds of one forward of one latent (16, side, side)}, median of `rounds`; random weights, float32."""
-    seconds = {}
-    for step in LADDER:
-        torch.manual_seed(0)
-        net = UNet(ladder(step)).eval().to(memory_format=torch.channels_last)
-        inputs = torch.randn(1, 16, side, side), torch.tensor([0.5]), torch.randn(1, 77, net.cfg.text_dim)
-        samples = []
-        for _ in range(rounds + 1):
-            start = time.perf_counter()
-            net(*inputs)
-            samples.append(time.perf_counter() - start)
-        seconds[step] = statistics.median(samples[1:])  # the first warms up
-        del net
-    return seconds
+    samples = {step: [] for step in LADDER}
+    for _ in range(rounds):  # the steps take turns, so that a slow moment of the machine hits all alike
+        for step, taken in samples.items():
+            torch.manual_seed(0)
+            net = UNet(ladder(step)).eval().to(memory_format=torch.channels_last)
+            inputs = torch.randn(1, 16, side, side), torch.tensor([0.5]), torch.randn(1, 77, net.cfg.text_dim)
+            for _ in range(2):  # the first forward warms up
+                start = time.perf_counter()
+                net(*inputs)
+                seconds = time.perf_counter() - start
+            taken.append(seconds)
+            del net
+    return {step: statistics.median(taken) for step, taken in samples.items()}
 
 
 def report_ladder(args):
@@ -307,7 +324,7 @@ def parse_arguments(argv=None):
     p.add_argument("--n", type=int, default=20, help="predictions whose median is reported")
     p.add_argument("--loads", type=int, default=3, help="loads after the first whose median is reported")
     p.add_argument(
-        "--patience", type=float, default=1800, metavar="S", help="seconds to wait for one answer of the device"
+        "--patience", type=float, default=1800, metavar="S", help="seconds to wait for an answer of the phone"
     )
     p.add_argument(
         "--ladder", action="store_true", help="time ladder a to f and both decoders in PyTorch on this machine"
@@ -325,7 +342,7 @@ def parse_arguments(argv=None):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    if args.folder is None and not args.ladder:
+    if args.folder is None and (args.swift or not args.ladder):
         raise SystemExit("nothing to time: give the folder of export_coreml.py, such as build/, or --ladder.")
     if args.swift:
         names = [f'"{part}"' for part in parts_in(args.folder)]

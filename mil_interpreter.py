@@ -1,10 +1,14 @@
 """Run a Core ML package op by op in torch: what a phone is told to compute, on a machine that is not one.
 
-A .mlpackage holds a MIL program: a list of operations in single assignment, each with named inputs, each output with a declared
-type. Here it is read back from disk and computed one line after the other:
+A .mlpackage is a folder: a description of inputs and outputs, a file of weights, and a MIL program ("model intermediate
+language"). The program is a list of operations in single assignment, each with named inputs and a declared type for each output;
+the phone's compiler takes it from there. Here it is read back from disk and computed one line after the other:
 
-    conv_in = conv(x=latent, weight=..., strides=[1, 1], pad_type="same")          fp16 (1, 32, 8, 8)
-    h       = layer_norm(x=conv_in, axes=[-1], epsilon=1e-05)                      fp16 (1, 32, 8, 8)
+    conv2d_1: fp16 (1, 32, 8, 8) = conv(x=conv2d, weight=weights(32, 16, 1, 1), strides=[1, 1], pad_type=valid, ...)
+    linear_0: fp16 (1, 256) = linear(x=cat, weight=weights(256, 32), bias=weights(256,))
+
+Compressed weights are operations too, whose names begin with constexpr: integers with a scale, or a palette, a short list of
+numbers of which each weight names one.
 
     python mil_interpreter.py build/unet.mlpackage              # print the program
     python mil_interpreter.py build/unet.mlpackage --count      # how many of each operation
@@ -17,7 +21,6 @@ engine, which may order and round otherwise: say "interpreted", never "measured 
 import argparse
 import collections
 import logging
-import math
 import warnings
 from pathlib import Path
 
@@ -108,6 +111,7 @@ def run(program, inputs, precision="declared", function="main"):
 
     Returns {name: tensor}, the outputs in float32. Raises ValueError for missing inputs or an operation that is not known here.
     """
+    operations(program, function)  # says it if there is no such function
     wanted = {var.name for var in program.functions[function].outputs}
     return {name: value for _, name, value in step_by_step(program, inputs, precision, function) if name in wanted}
 
@@ -131,14 +135,16 @@ def argument(value, values):
 
 def conv(x, weight, bias=None, strides=(1, 1), pad_type="valid", pad=(0, 0, 0, 0), dilations=(1, 1), groups=1):
     strides, dilations = [int(s) for s in strides], [int(d) for d in dilations]
-    if pad_type == "same":  # as TensorFlow: the output has ceil(side / stride) rows, the odd row of padding comes last
-        sides = zip(x.shape[2:], weight.shape[2:], strides, dilations, strict=True)
-        total = [max(0, (math.ceil(n / s) - 1) * s + (k - 1) * d + 1 - n) for n, k, s, d in sides]
-        pad = [p for t in total for p in (t // 2, t - t // 2)]
-    if pad_type == "valid":
-        pad = (0, 0, 0, 0)
+    only(pad_type in ("valid", "custom"), f"conv with pad_type {pad_type}")  # PyTorch's models have no other
+    pad = (0, 0, 0, 0) if pad_type == "valid" else pad
     top, bottom, left, right = (int(p) for p in pad)
     return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, strides, 0, dilations, int(groups))
+
+
+def only(true, what):
+    """Better an error than a wrong number: not every option of every operation is written here."""
+    if not true:
+        raise ValueError(f"{what} is not known here: write it in mil_interpreter.py")
 
 
 def attention(query, key, value, attn_mask=None):
@@ -184,7 +190,8 @@ def pad(x, pad, mode="constant", constant_val=0.0):
 
 
 def gather(x, indices, axis=0, batch_dims=0, validate_indices=False):
-    return F.embedding(indices.long(), x) if axis == 0 else x.index_select(int(axis), indices.long())
+    only(int(axis) == 0 and x.dim() == 2 and not int(batch_dims), "gather other than rows of a table")
+    return F.embedding(torch.as_tensor(indices).long(), x)
 
 
 def upsample(x, scale_factor_height, scale_factor_width):
@@ -213,11 +220,25 @@ def expand_dims(x, axes):
 
 
 def cast(x, dtype):
-    return x.to(TYPES[dtype])
+    kind = TYPES[dtype]
+    return (
+        x.float() if kind.is_floating_point else x.to(kind)
+    )  # how far floats are rounded is told by the declared type
 
 
 def gelu(x, mode="EXACT"):
+    only(mode in ("EXACT", "TANH_APPROXIMATION"), f"gelu with mode {mode}")
     return F.gelu(x, approximate="none" if mode == "EXACT" else "tanh")
+
+
+def cumsum(x, axis=0, exclusive=False, reverse=False):
+    only(not exclusive and not reverse, "cumsum that is exclusive or in reverse")
+    return x.cumsum(int(axis))
+
+
+def concat(values, axis, interleave=False):
+    only(not interleave, "concat with interleave")
+    return torch.cat(values, int(axis))
 
 
 OPERATIONS = {
@@ -230,12 +251,11 @@ OPERATIONS = {
     "reduce_sum": lambda x, axes, keep_dims=False: x.sum(ints(axes), bool(keep_dims)),
     "reshape": lambda x, shape: x.reshape(ints(shape)), "transpose": lambda x, perm: x.permute(ints(perm)),
     "squeeze": squeeze, "expand_dims": expand_dims, "split": split, "slice_by_index": slice_by_index, "pad": pad,
-    "concat": lambda values, axis, interleave=False: torch.cat(values, int(axis)), "tile": lambda x, reps: x.tile(ints(reps)),
+    "concat": concat, "cumsum": cumsum, "tile": lambda x, reps: x.tile(ints(reps)),
     "linear": lambda x, weight, bias=None: F.linear(x, weight, bias), "matmul": matmul, "einsum": einsum, "conv": conv,
     "layer_norm": layer_norm, "batch_norm": batch_norm, "scaled_dot_product_attention": attention, "gather": gather,
     "upsample_nearest_neighbor": upsample, "equal": lambda x, y: x == y, "less": lambda x, y: x < y,
     "greater_equal": lambda x, y: x >= y, "select": lambda cond, a, b: torch.where(cond, a, b), "logical_not": lambda x: ~x,
-    "cumsum": lambda x, axis=0, exclusive=False, reverse=False: x.cumsum(int(axis)),
 }  # fmt: skip
 
 

@@ -1,28 +1,33 @@
-"""Stage 3: adversarial step distillation, 28 guided steps become 4 or 8 without guidance (Sec. 3.4, Fig. 7).
+r"""Stage 3: adversarial step distillation, 28 guided steps become 4 or 8 without guidance (Sec. 3.4, Fig. 7).
 
-A student of stage 2 draws in 28 steps, two forwards each. Taken in 4 steps it blurs: one long Euler step lands on the *average*
-of all pictures that the noise might become. Two teachers make each long step land on *one* good picture instead:
+A velocity names the *average* of all pictures that may lie behind x_t. A short step corrects itself at the next one; a long step
+commits to the average, which is a blur. Here the student of stage 2 learns to name *one* good picture at each of a few times:
 
-    the discriminator   tells predicted latents from real ones, so that an average, which no real picture is, does not pass [R]
-    the few-step teacher   says where the picture behind x_t is, guidance included, so that one forward a step will do      [R]
+    x_t  --student-->  v_theta  -->  x0' = x_t - t v_theta                          its picture, from each start time
 
-    x_t  --student-->  v_theta  -->  x0' = x_t - t v_theta                         one step to a picture, from each start time
-    L_adv = - E[ D(renoise(x0')) ]           D: heads on the frozen teacher's blocks, hinge loss (as LADD, arXiv 2403.12015) [A]
-    L_kd  = || v_T - v_theta ||^2            v_T = (x_t - x0_T) / t, x0_T by the few-step teacher                           [R]
-    L     = weight L_adv + S(L_task, L_kd)   S: timestep-aware scaling, as in stage 2                                       [R]
+    L_kd   = || v_T - v_theta ||^2             v_T = (x_t - x0_T) / t, x0_T the few-step target: where a teacher that needs few
+                                               steps lands from x_t, guidance included                                       [R]
+    L_task = || (eps - x_0) - v_theta ||^2     the data's velocity, as in stages 1 and 2
+    L_adv  = - E[ D(renoise(x0')) ]            the judge D: an average is no picture, and does not pass                      [R]
+    L      = S(L_task, L_kd) + weight L_adv    S: timestep-aware scaling, as in stage 2                                      [R]
+
+    L_D    = E[max(0, 1 - D(renoise(x_0)))] + E[max(0, 1 + D(renoise(x0')))] + penalty R1                                    [A]
+
+The judge wants answers above 1 for real latents and below -1 for predicted ones; beyond that it is sure enough, and learns nothing.
+It is the frozen teacher, which sees both noised again to one random level with their caption (UFOGen, arXiv 2311.09257), and light
+heads on some of its blocks, all that learns (LADD, 2403.12015) [A]. R1 keeps its slope small, so that its advice stays smooth.
 
     python step_distill.py                                   # class scale: from assets/zoo/distill, 4 steps
     python step_distill.py --for-steps 8                     # for 8 steps
     python step_distill.py --losses adv                      # adversarial alone; kd: distillation alone
-    python step_distill.py --ablate --steps 500 --seeds 2    # the three side by side
-    python step_distill.py --compare assets/zoo/step_distill --before assets/zoo/distill    # grid: 28, 8, 4, 2, 1 steps
-    python step_distill.py --size t2i --init runs/t2i-distill --teacher stable-diffusion-3.5-large \\
+    python step_distill.py --ablate --steps 300 --seeds 2    # the three side by side
+    python step_distill.py --compare assets/zoo/step_distill # grid: teacher | before: 28, 4 | ours: 8, 4, 2, 1 steps
+    python step_distill.py --size t2i --init runs/t2i-distill --teacher stable-diffusion-3.5-large \
         --turbo stable-diffusion-3.5-large-turbo --data DIR --lr 1e-5                       # the paper's
 
-The paper's few-step teacher is SD3.5-Large-Turbo, one forward a target (--turbo). Without one, the target is a short guided ODE
-solve of the many-step teacher from x_t: the same kind of answer, for some ten forwards. Sec. 3.4 was not at hand: [R], [A]
-as in the README. UFOGen (arXiv 2311.09257) is where real and predicted x_0 are noised again and judged there; ADD (2311.17042)
-and LADD are where the judge is a frozen network with light heads.
+The paper's few-step teacher is SD3.5-Large-Turbo: one forward a target (--turbo). Without one, the target is a short guided ODE
+solve of the many-step teacher from x_t: the same kind of answer, for up to 16 forwards. Sec. 3.4 was not at hand: [R], [A] as in
+the README. [A] besides: the judge's noise level is logit-normal and not shifted; R1; both learning rates; no caption is dropped.
 """
 
 import argparse
@@ -54,7 +59,7 @@ from checkpoint import (
 )
 from data import captioned_grid, rng, to_pictures
 from distill import encode_prompts, pyplot, scaled, start_from
-from encoders import FrozenEncoders
+from encoders import FrozenEncoders, hash_folders
 from evaluate import prompts_of, score
 from model import PRESETS
 from sample import draw_pictures
@@ -106,12 +111,12 @@ def target_velocity(teacher, turbo, x_t, t, ids, args, shift):
 # The discriminator
 
 
-class Discriminator(nn.Module):
-    """Light heads on several blocks of the frozen teacher, which sees noisy latents with their text: (B, n) answers.
+class Judge(nn.Module):
+    """The discriminator: light heads on several blocks of the frozen teacher, which sees noisy latents with their text.
 
-    forward(latents (B, C, H, W), t (B,), ids (B,)) -> (B, heads * h * w): above 0 for real, below for predicted, for every
-    head and token of the teacher's grid. Only the heads have trainable weights; gradients pass through the teacher to the
-    latents, which is how the student learns. `features` are kept for the gradient penalty.
+    forward(latents (B, C, H, W), t (B,), ids (B,)) -> (B, heads * h * w): above 0 for real, below for predicted, from every head
+    for every token of the teacher's grid. Only the heads have trainable weights; gradients pass through the teacher to the
+    latents, which is how the student learns.
     """
 
     def __init__(self, teacher, width=64):
@@ -119,25 +124,46 @@ class Discriminator(nn.Module):
         self.__dict__["teacher"] = teacher  # no submodule: its weights are not ours to train or save
         self.heads = nn.ModuleList(
             nn.Sequential(
-                nn.GroupNorm(1, teacher.feature_dim), nn.Conv2d(teacher.feature_dim, width, 3, padding=1), nn.SiLU(),
+                nn.Conv2d(teacher.feature_dim, width, 3, padding=1), nn.SiLU(),
                 nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, 1, 1),
             )
             for _ in teacher.layers
         )  # fmt: skip
 
-    def judge(self, features):
+    def features(self, latents, t, ids):
+        """What the heads see: the blocks' features (B, D, h, w), scaled to deviation 1, since deep blocks have large ones."""
+        return [F.group_norm(f, 1) for f in self.teacher(latents, t, ids)[1]]
+
+    def answers(self, features):
         return torch.cat([head(f).flatten(1) for head, f in zip(self.heads, features, strict=True)], dim=1)
 
     def forward(self, latents, t, ids):
-        return self.judge(self.teacher(latents, t, ids)[1])
+        return self.answers(self.features(latents, t, ids))
 
 
-def gradient_penalty(discriminator, features):
-    """R1 on the heads' inputs: how steeply the answer changes with the real features. Flat judges teach, steep ones kick."""
+def gradient_penalty(judge, features):
+    """(R1, answers): |d answer / d feature|^2 on real features, a mean over pictures and tokens (Mescheder 2018, here at the
+    heads' inputs). The features are detached: the slope is the heads' own."""
     features = [f.detach().requires_grad_() for f in features]
-    answers = discriminator.judge(features)
+    answers = judge.answers(features)
     gradients = torch.autograd.grad(answers.sum(), features, create_graph=True)
-    return sum(g.square().sum((1, 2, 3)).mean() for g in gradients), answers
+    return sum(g.square().sum(1).mean() for g in gradients), answers
+
+
+def hinge(on_real, on_fake):
+    """The judge's loss: 0 when all real latents get 1 or more and all predicted ones -1 or less; 2 when it answers 0 to all."""
+    return F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()
+
+
+def distillation_loss(task, kd, t, own):
+    """S(L_task, L_kd) of real points; on own points, which have no x_0, L_kd alone, brought to L_task's size as S does.
+
+    task, kd, t (B,), own (B,) bool -> (B,). At the shifted start times of 4 steps, t = 1, 0.9, 0.75, 0.5, a_t is 0, 0.25, 0.73, 1:
+    at the last one real points learn from the data alone, and the target reaches the student through own points and the judge.
+    """
+    real = ~own
+    ratio = (task[real].mean() / kd[real].mean().clamp(min=1e-12)).detach() if real.any() else 1.0
+    return torch.where(own, ratio * kd, scaled(task, kd, t))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -145,17 +171,17 @@ def gradient_penalty(discriminator, features):
 
 
 def starting_points(model, data, args, times, step, device):
-    """What the student is asked about in one step, all from (seed, step): x0, eps, x_t, t, ids, own (each of B rows).
+    """What the student is asked about in one step, from (seed, step) and its weights: x0, eps, x_t, t, ids, own (B rows each).
 
-    Half of the rows (--own) are not noised real latents but points of the student's own way from noise: when it draws, its
-    second step starts where its first one landed, not on the straight line to a real picture. They have no x_0 of their own
-    to be compared with, so L_task leaves them out.
+    Half of the rows below t = 1 (--own) are not noised real latents but points of the student's own way from noise: when it
+    draws, its second step starts where its first one led, not on the straight line to a real picture. No x_0 lies behind them,
+    so L_task leaves them out. At t = 1 there is nothing to choose: x_t is noise, and any x_0 may lie behind it.
     """
     x0, ids = data.batch(args.seed, step, args.batch)
     g = rng(args.seed, step, 3)
     eps = torch.randn(x0.shape, generator=g)
     which = torch.randint(len(times), (args.batch,), generator=g)
-    own = torch.rand(args.batch, generator=g) < args.own
+    own = (torch.rand(args.batch, generator=g) < args.own) & (which > 0)
     t = times[which]
     x_t = flow.interpolate(x0, eps, t)
     x = eps[own]
@@ -168,6 +194,13 @@ def starting_points(model, data, args, times, step, device):
             x[far] = x[far] + (times[k + 1] - times[k]) * v
     x_t[own] = x
     return x0, eps, x_t, t, ids, own
+
+
+def spread_layers(folder):
+    """Blocks at a quarter, a half and the end of the transformer in an SD3 folder: layout, objects, detail."""
+    path = Path(folder) / "transformer" / "config.json"
+    n = json.loads(path.read_text())["num_layers"] if path.is_file() else 0  # Teacher says what is wrong
+    return [n // 4, n // 2, n - 1]
 
 
 def train(args, out):
@@ -192,24 +225,26 @@ def train(args, out):
         "times": [round(float(t), 6) for t in times] + [0.0],
     }
 
-    # The judge looks through the few-step teacher if there is one, else through the many-step teacher (the paper: the first).
-    teacher = Teacher(args.turbo or args.teacher, data, device, half, layers=tuple(args.layers))
+    args.layers = args.layers or spread_layers(args.turbo or args.teacher)
+    # The judge looks through the few-step teacher if there is one, else through the many-step teacher [A].
+    teacher = Teacher(args.turbo or args.teacher, data, device, half, layers=args.layers)
     turbo = teacher if args.turbo else None
-    discriminator = Discriminator(teacher).to(device)
+    judge = Judge(teacher).to(device)
     of_student = make_optimizers(model, args.lr, args.optimizer)
     # beta1 [A]: the judge forgets fast, since what it judges changes all the time
-    of_heads = torch.optim.AdamW(
-        discriminator.parameters(), lr=args.heads_lr, betas=(0.5, 0.99), weight_decay=0.0, fused=True
-    )
+    of_heads = torch.optim.AdamW(judge.parameters(), lr=args.heads_lr, betas=(0.5, 0.99), weight_decay=0.0, fused=True)
     optimizers = [*of_student, of_heads]
     names = "size init data resolution steps batch lr optimizer heads_lr seed losses for_steps own adv_weight penalty layers"
     settings = {name: getattr(args, name) for name in (names + " teacher_guidance solver_steps turbo").split()}
     settings |= {"pictures": pictures_name, "teacher": encoders.fingerprint(*encoders.parts, "transformer")}
-    networks = {"model": model, "ema": ema, "heads": discriminator}
+    settings |= {"turbo_weights": hash_folders([Path(args.turbo) / "transformer"])} if args.turbo else {}
+    networks = {"model": model, "ema": ema, "heads": judge}
     start_step = load_state(out, settings, optimizers, **networks) if args.resume else 0
     log = Log(out / "log.csv", start_step)
-    config = {**student_config, "stage": "step_distill", "encoders": args.teacher, "sampling": sampling, "settings": settings,
-              "machine": describe_machine(device)}  # fmt: skip
+    config = {
+        **student_config, "stage": "step_distill", "latent_size": list(data.latents.shape[2:]), "encoders": args.teacher,
+        "sampling": sampling, "settings": settings, "machine": describe_machine(device),
+    }  # fmt: skip
     print(f"{args.size}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {args.losses} for {args.for_steps} "
           f"steps, {len(data)} pictures, {config['machine']}, seed {args.seed}, steps {start_step} to {args.steps}")  # fmt: skip
 
@@ -237,14 +272,14 @@ def train(args, out):
         # on this side not even its activations need a gradient: the heads are all that learns.
         if adversarial:  # the same noise and level for both sides, so that nothing but the latents tells them apart
             with torch.no_grad():
-                _, real = teacher(flow.interpolate(x0, noise, level.to(device)), level, ids)
-                _, fake = teacher(flow.interpolate(predicted.detach(), noise, level.to(device)), level, ids)
-            penalty, on_real = gradient_penalty(discriminator, real)
-            on_fake = discriminator.judge(fake)
-            hinge = F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()
-            (hinge + args.penalty * penalty).backward()
-            values |= {"loss_d": hinge, "penalty": penalty, "d_real": on_real.mean(), "d_fake": on_fake.mean()}
-            values["grad_norm_d"] = nn.utils.clip_grad_norm_(discriminator.parameters(), 10.0)
+                real = judge.features(flow.interpolate(x0, noise, level.to(device)), level, ids)
+                fake = judge.features(flow.interpolate(predicted.detach(), noise, level.to(device)), level, ids)
+            penalty, on_real = gradient_penalty(judge, real)
+            on_fake = judge.answers(fake)
+            judge_loss = hinge(on_real, on_fake)
+            (judge_loss + args.penalty * penalty).backward()
+            values |= {"loss_d": judge_loss, "penalty": penalty, "d_real": on_real.mean(), "d_fake": on_fake.mean()}
+            values["grad_norm_d"] = nn.utils.clip_grad_norm_(judge.parameters(), 10.0)
             of_heads.step()
             answers = {"real": on_real.detach().flatten().cpu(), "fake": on_fake.detach().flatten().cpu()}
 
@@ -253,22 +288,20 @@ def train(args, out):
         loss = 0.0
         if distilling:
             v_teacher = target_velocity(teacher, turbo, x_t, t, ids, args, shift)
-            out_loss = (v - v_teacher).square().mean((1, 2, 3))  # (B,)   || v_T - v_theta ||^2
-            task_loss = (v - (eps - x0)).square().mean((1, 2, 3))  # (B,)   || v - v_theta ||^2, of real points only
-            real_rows = ~own.to(device)
-            both = torch.where(real_rows, scaled(task_loss, out_loss, on_device), out_loss)
-            loss = loss + both.mean()
-            values["loss_kd"] = out_loss.mean()
-            if real_rows.any():
-                values["loss_task"] = task_loss[real_rows].mean()
-        if adversarial:
-            fooling = -discriminator(flow.interpolate(predicted, noise, level.to(device)), level, ids).mean()
+            kd = (v - v_teacher).square().mean((1, 2, 3))  # (B,)   || v_T - v_theta ||^2
+            task = (v - flow.velocity(x0, eps)).square().mean((1, 2, 3))  # (B,)   of real points only
+            loss = distillation_loss(task, kd, on_device, own.to(device)).mean()
+            values["loss_kd"] = kd.mean()
+            if not own.all():
+                values["loss_task"] = task[~own.to(device)].mean()
+        if adversarial:  # no hinge here: the student may please the judge as much as it can
+            fooling = -judge(flow.interpolate(predicted, noise, level.to(device)), level, ids).mean()
             loss = loss + args.adv_weight * fooling
             values["loss_adv"] = fooling
         loss.backward()
         values["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if not all(torch.isfinite(values[name]) for name in ("grad_norm", "grad_norm_d") if name in values):
-            stop_on_nan(step, out, args.lr)
+            stop_on_nan(step, out, f"{args.lr} (or --heads-lr {args.heads_lr})")
         for optimizer in of_student:
             optimizer.step()
         for optimizer in optimizers:
@@ -322,7 +355,7 @@ def plot(log, answers, path):
     figure, axes = plt.subplots(1, 5, figsize=(21, 3.8))
     steps = log.column("step")
     for axis, names, title in (
-        (axes[0], ("d_real", "d_fake"), "the judge: apart, but near 0"),
+        (axes[0], ("d_real", "d_fake"), "the judge: real above predicted, a small gap"),
         (axes[1], ("loss_kd", "loss_task", "loss_d", "loss_adv"), "losses"),
         (
             axes[2],
@@ -392,9 +425,19 @@ def compare(args):
 
 
 def ablate(args):
-    """Train and judge the three rows of ROWS with every seed; what is finished is kept."""
+    """Train and judge the three rows of ROWS with every seed; what is finished is kept. Above them the student before."""
+    if args.data:
+        raise SystemExit("--ablate counts shapes, and needs the shapes world: leave --data out.")
     device, results = pick_device(args.device), {name: [] for name in ROWS}
     encoders, base = FrozenEncoders(args.teacher, device), args.seed
+
+    def scores_of(folder, path):
+        if not path.is_file():
+            model, config = load_student(folder, device)
+            save_json(few_step_scores(model, config, encoders, args.per_family, seed=0), path)
+        return json.loads(path.read_text())
+
+    before = scores_of(args.init, args.out / f"before-{args.per_family}.json")
     for seed in range(base, base + args.seeds):
         for name, losses in ROWS.items():
             run = copy.copy(args)
@@ -402,15 +445,11 @@ def ablate(args):
             out = args.out / f"{losses}-seed{seed}"
             print(f"-- {name}, seed {seed}")
             train(run, out)
-            path = out / f"mini-geneval-{args.per_family}.json"
-            if not path.is_file():
-                model, config = load_student(out, device)
-                save_json(few_step_scores(model, config, encoders, args.per_family, seed=0), path)
-            results[name].append(json.loads(path.read_text()))
+            results[name].append(scores_of(out, out / f"mini-geneval-{args.per_family}.json"))
     print(f"\n{args.steps} steps of {args.batch} from {args.init} for {args.for_steps} steps, seeds {base} to "
-          f"{base + args.seeds - 1}, {args.per_family} prompts a family, {describe_machine(device)}")  # fmt: skip
+          f"{base + args.seeds - 1}, {args.per_family} prompts a family, no guidance, {describe_machine(device)}")  # fmt: skip
     print(f"{'':20}" + "".join(f"{f'{n} steps':>24}" for n in (1, 2, 4, 8)))
-    for name, runs in results.items():
+    for name, runs in {f"before: {args.init}"[:19]: [before], **results}.items():
         cells = [[run[f"score_{n}"] for run in runs] for n in (1, 2, 4, 8)]
         print(f"{name:20}" + "".join(f"{f'{np.mean(c):.3f} ({min(c):.3f} to {max(c):.3f})':>24}" for c in cells))
     save_json(results, args.out / "ablation.json")
@@ -454,8 +493,10 @@ def parse_arguments(argv=None):
         "--losses", choices=tuple(ROWS.values()), default="adv+kd", help="adversarial, distillation, or both"
     )
     p.add_argument("--adv-weight", type=float, default=0.05, help="of the adversarial loss beside S(L_task, L_kd)")
-    p.add_argument("--penalty", type=float, default=0.01, help="of the gradient penalty (R1) on the heads' inputs")
-    p.add_argument("--layers", type=int, nargs="+", default=[1, 3, 5], help="blocks of the teacher that get a head")
+    p.add_argument("--penalty", type=float, default=0.1, help="of the gradient penalty (R1) on the heads' inputs")
+    p.add_argument(
+        "--layers", type=int, nargs="+", help="blocks of the teacher that get a head; default: at 1/4, 1/2, the last"
+    )
     p.add_argument(
         "--own", type=float, default=0.5, help="share of training points on the student's own way from noise"
     )

@@ -29,7 +29,7 @@ class WeightedTextAttention:
     """diffusers' joint attention of SD3 and SD3.5, with the last text token counted `n` times.
 
     Without T5 the pipeline appends n = 256 zero tokens to the text. SD3's transformer gives text tokens no position, so
-    the 256 stay equal in every layer: one of them with log(n) added to its attention logit is the same sum, exactly,
+    the 256 stay equal in every layer: one of them with log(n) added to its attention logit is the same sum (in float32),
     and at class scale the teacher sees 25 text tokens, not 280.
     """
 
@@ -100,17 +100,17 @@ class Teacher:
         folder = Path(folder)
         if not (folder / "transformer").is_dir():
             raise SystemExit(
-                f"{folder} has no transformer/ to learn from: give --teacher assets/toy-sd3 or a folder of "
-                "stable-diffusion-3.5-large in diffusers' layout."
+                f"{folder} has no transformer/ to learn from: give assets/toy-sd3 or a folder of "
+                "stable-diffusion-3.5-large (or -large-turbo, for --turbo) in diffusers' layout."
             )
         try:
             self.net = SD3Transformer2DModel.from_pretrained(folder / "transformer", torch_dtype=dtype)
         except Exception as error:  # diffusers has many for a damaged file
             raise SystemExit(f"cannot read the transformer in {folder}: {error}") from error
         self.net.requires_grad_(False).eval().to(device)
-        self.device, self.dtype, self.layers, self.seen = torch.device(device), dtype, layers, {}
+        self.device, self.dtype, self.layers, self.seen = torch.device(device), dtype, tuple(dict.fromkeys(layers)), {}
         blocks = self.net.transformer_blocks
-        for layer in layers:
+        for layer in self.layers:
             if not -len(blocks) <= layer < len(blocks):
                 raise SystemExit(f"the teacher has {len(blocks)} blocks; there is no layer {layer}.")
             blocks[layer].register_forward_hook(lambda block, i, out, layer=layer: self.seen.update({layer: out[1]}))
@@ -160,5 +160,6 @@ class Teacher:
             return_dict=False,
         )[0]
         grid = [side // self.net.config.patch_size for side in x_t.shape[2:]]
+        # contiguous: torch 2.13 on the CPU crashes in a convolution's second derivative otherwise
         features = [self.seen.pop(n).transpose(1, 2).unflatten(2, grid).float().contiguous() for n in self.layers]
         return velocity.float(), features

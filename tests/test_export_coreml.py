@@ -2,19 +2,19 @@
 
 import errno
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import export_coreml
 import mil_interpreter as mil
 from checkpoint import save_network
-from coreml_layers import AneTransformer, LayerNormGroups, PhoneDecoder, PhoneText, PhoneUNet
+from coreml_layers import AneNorm, AneTransformer, LayerNormGroups, PhoneDecoder, PhoneText, PhoneUNet
 from decoder import DecoderConfig, TinyDecoder, load_decoder
 from encoders import FrozenEncoders
 from export_coreml import Part, check, convert, export
@@ -22,8 +22,9 @@ from model import Transformer2D, UNet, UNetConfig
 
 pytestmark = pytest.mark.usefixtures("at_home")
 SMALL = UNetConfig(
-    channels=(32, 32, 64), depth=(1, 1, 1), mid_depth=1, layers=1, head_dim=32, groups=16, text_dim=160, time_dim=64
-)
+    channels=(32, 64), depth=(1, 1), self_attention=(False, True), mid_depth=1, layers=1, head_dim=32, groups=16, text_dim=160,
+    time_dim=64,
+)  # fmt: skip
 PROMPTS = ["a photo of a red circle left of a blue star", "a photo of a star", ""]
 ABOUT = {"commit": "test"}
 
@@ -100,7 +101,7 @@ def test_decoder_and_text_of_the_phone():
     text, mask = encoders.student_text(PROMPTS, 176)
     with torch.no_grad():
         assert (PhoneDecoder(decoder)(z) - ((decoder(z) + 1) * 127.5).clamp(0, 255)).abs().max() < 1e-2
-        phone = PhoneText(encoders.text_encoders, 176)
+        phone = PhoneText(encoders.text_encoders, 176, encoders.tokenizers[0].eos_token_id)
         for i, prompt in enumerate(PROMPTS):
             states, real = phone(*export_coreml.tokens_of(encoders, [prompt]))
             assert torch.allclose(states[0], text[i], atol=1e-5) and torch.equal(real[0].bool(), mask[i])
@@ -159,6 +160,10 @@ def test_finished_parts_are_kept(build, students, capsys):
     assert weights.stat().st_mtime_ns == before
     with pytest.raises(SystemExit, match="other settings"):
         export_coreml.main([*command, "--nbits", "8"])
+    with pytest.raises(SystemExit, match="another --latent"):
+        export_coreml.main([*command, "--latent", "16", "--force"])
+    with pytest.raises(SystemExit, match="draws with guidance"):
+        export_coreml.main([*command[2:], "--model", "assets/zoo/fm", "--batch", "1", "--force"])
 
 
 def test_time_embedding_stays_in_float32(build):
@@ -187,6 +192,10 @@ def test_several_sizes_share_one_package(tmp_path):
     assert all(report["decibels"] > 50 for report in reports.values())
     (tmp_path / "one").mkdir()
     export("decoder", {8: decoder_part(8)}, arguments(out=tmp_path / "one"), ABOUT)
+    description = (
+        mil.ct.models.MLModel(str(tmp_path / "decoder.mlpackage"), skip_model_load=True).get_spec().description
+    )
+    assert description.metadata.license == "MIT" and description.defaultFunctionName == "latent8"
     assert reports[8]["bytes"] < 1.5 * export_coreml.size_of(
         tmp_path / "one/decoder.mlpackage"
     )  # weights are there once
@@ -214,7 +223,7 @@ def program_of(part, tmp_path, precision):
 
 
 def part_of(module, **inputs):
-    return Part(module.eval(), inputs, ("out",), dict.fromkeys([*inputs, "out"], "-"), "a test")
+    return Part(module.eval(), module, inputs, ("out",), dict.fromkeys([*inputs, "out"], "-"), "a test")
 
 
 class Alone(nn.Module):
@@ -246,6 +255,28 @@ def test_rope_of_another_size_is_caught(tmp_path, monkeypatch):
         check(part, bad, "exact", arguments())
     with pytest.raises(SystemExit, match="the first bad one, .* dB: (mul|sub|cat|add|concat)"):
         check(part, bad, "exact", arguments(bisect=True))
+
+
+class NotANumber(nn.Module):
+    def forward(self, x):
+        return x / (x - x)
+
+
+def test_nan_is_caught_whatever_the_bar(tmp_path):
+    part = part_of(NotANumber(), x=torch.randn(1, 4))
+    program = program_of(part, tmp_path, "float32")
+    for precision in ("exact", "declared"):
+        with pytest.raises(SystemExit, match="not kept"):
+            check(part, program, precision, arguments(), bar=None)
+
+
+def test_layer_norm_of_the_ane_layout_survives_large_numbers(tmp_path):
+    """Squares of 500 do not fit into float16."""
+    torch.manual_seed(0)
+    norm, x = shaken(nn.LayerNorm(48)), 500 * torch.randn(1, 48, 1, 9)
+    part = part_of(AneNorm(norm), x=x)
+    part.reference = lambda x: norm(x.transpose(1, 3)).transpose(1, 3)
+    assert check(part, program_of(part, tmp_path, "float16"), "declared", arguments(), bar=50.0)[1] > 50
 
 
 class Loud(nn.Module):
@@ -284,7 +315,9 @@ def test_bad_input_ends_in_one_sentence(tmp_path, students, monkeypatch):
         (["--model", "nowhere"], "is not a student"),
         (["--model", "assets/zoo/fm", "--batch", "1"], "guidance 3.0.* --batch 2"),
         ([*small, "--teacher", str(toy)], "is a gemma2, and only CLIP"),
-        ([*small, "--latent", "6"], "multiples of 4"),
+        ([*small, "--batch", "2"], "draws without guidance"),
+        ([*small, "--latent", "8", "16", "--target", "iOS17"], "needs iOS 18"),
+        ([*small, "--latent", "7"], "multiples of 2"),
         (["--random", "tiny"], "no text encoder"),
     ):
         with pytest.raises(SystemExit, match=words):
@@ -295,35 +328,52 @@ def test_bad_input_ends_in_one_sentence(tmp_path, students, monkeypatch):
     with pytest.raises(SystemExit, match="is not a Core ML package"):
         mil.main([str(tmp_path / "empty.mlpackage")])
 
-    class Full:
-        def save(self, path):
-            Path(path).mkdir()
-            raise OSError(errno.ENOSPC, "No space left on device")
+    def full(path):
+        Path(path).mkdir()
+        raise shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")])  # as copytree says it
 
     (tmp_path / "old.mlpackage").mkdir()
+    (tmp_path / "old.mlpackage/weights").write_text("old")
     with pytest.raises(SystemExit, match="disk is full.*intact"):
-        export_coreml.save_package(Full(), tmp_path / "old.mlpackage")
+        export_coreml.save_package(full, tmp_path / "old.mlpackage")
+    replace, calls = export_coreml.os.replace, []
+
+    def fail_second(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "broken")
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="broken"):
+        patch.setattr(export_coreml.os, "replace", fail_second)
+        export_coreml.save_package(lambda path: Path(path).mkdir(), tmp_path / "old.mlpackage")
     assert [p.name for p in tmp_path.glob("*old*")] == ["old.mlpackage"]  # and nothing half-written beside it
+    assert (tmp_path / "old.mlpackage/weights").read_text() == "old"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="cannot write"):
+        export_coreml.main([*small, "--parts", "decoder", "--out", str(tmp_path / "file")])
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # The interpreter
 
 
-@pytest.mark.parametrize(("side", "stride"), [(8, 1), (8, 2), (7, 2)])
-def test_same_padding_is_core_mls(side, stride):
-    """The output of pad_type same has ceil(side / stride) rows; with an odd total the extra row of zeros comes last."""
-    x, w = torch.randn(1, 2, side, side), torch.randn(3, 2, 3, 3)
-    found = mil.conv(x, w, strides=(stride, stride), pad_type="same")
-    total = max(0, (-(-side // stride) - 1) * stride + 3 - side)
-    expected = F.conv2d(F.pad(x, (total // 2, total - total // 2) * 2), w, stride=stride)
-    assert found.shape[2] == -(-side // stride) and torch.equal(found, expected)
-
-
 def test_interpreter_refuses_what_it_does_not_know(build, capsys):
     program = mil.read_package(build / "decoder.mlpackage")
     with pytest.raises(ValueError, match="latent is missing"):
         mil.run(program, {})
+    with pytest.raises(SystemExit, match="has no function 'other'"):
+        mil.run(program, {}, function="other")
+    x = torch.randn(2, 3)
+    for call in (
+        lambda: mil.gelu(x, "SIGMOID_APPROXIMATION"),
+        lambda: mil.cumsum(x, 1, reverse=True),
+        lambda: mil.concat([x, x], 0, interleave=True),
+        lambda: mil.gather(x, torch.tensor([0]), axis=1),
+        lambda: mil.conv(x[None, None], x[None, None], pad_type="same"),
+    ):
+        with pytest.raises(ValueError, match="is not known here"):
+            call()
     known = mil.OPERATIONS.pop("conv")
     try:
         with pytest.raises(ValueError, match="'conv' is not known here"):

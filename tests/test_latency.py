@@ -19,8 +19,9 @@ from decoder import count as count_decoder
 from model import UNet, UNetConfig, count
 
 SMALL = UNetConfig(
-    channels=(32, 32, 64), depth=(1, 1, 1), mid_depth=1, layers=1, head_dim=32, groups=16, text_dim=48, time_dim=64
-)
+    channels=(32, 64), depth=(1, 1), self_attention=(False, True), mid_depth=1, layers=1, head_dim=32, groups=16, text_dim=48,
+    time_dim=64,
+)  # fmt: skip
 DECODER = DecoderConfig(channels=(32, 16, 16, 16), blocks=(1, 1, 1, 1), groups=8)
 
 
@@ -31,7 +32,7 @@ def build(tmp_path_factory):
     torch.manual_seed(0)
     part = export_coreml.decoder_part(TinyDecoder(DECODER).eval(), 8)
     export_coreml.export("decoder", {8: part}, export_coreml.parse_arguments(["--out", str(out)]), {"commit": "test"})
-    save_json({"latent_sizes": [8], "steps": 4}, out / "pipeline.json")
+    save_json({"latent_sizes": [8], "functions": {"8": "main"}, "nbits": 16, "steps": 4}, out / "pipeline.json")
     return out
 
 
@@ -48,7 +49,8 @@ def test_macs_of_the_unet_are_torchs(layout, tmp_path):
     assert export_coreml.compare(part, program, "exact")[0] < 1e-4
 
 
-def test_report_of_a_program(build, capsys):
+def test_report_of_a_program(build, monkeypatch, capsys):
+    monkeypatch.setattr(latency, "has_core_ml", lambda: False)
     latency.main([str(build)])
     printed = capsys.readouterr().out
     report = json.loads(printed.splitlines()[-1])["programs"]["decoder"]
@@ -105,6 +107,11 @@ def test_the_fakes_have_coremltools_signatures():
     assert names(prepare) == names(FakePhone.prepare_for_model_debugging) and inspect.iscoroutinefunction(prepare)
     assert names(remote_device.Device.get_connected_devices) == ["device_type"]
     assert {"development_team", "bundle_identifier"} <= set(names(remote_device.AppSigningCredentials))
+    service = inspect.signature(remote_device._DeviceCtlRemoteService.__init__).parameters
+    assert [(p.name, p.default is not p.empty) for p in service.values()][2:] == [
+        ("poll_time", True),
+        ("max_attempts", True),
+    ]
     assert {"name", "os_version"} <= set(remote_device.Device.__annotations__)
 
 
@@ -131,6 +138,8 @@ def test_times_on_an_iphone(build, core_ml, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="give --team"):
         latency.main([str(build), "--device", "iphone"])
     latency.main([str(build), "--device", "iphone", "--team", "TEAM", "--n", "3"])
+    attempts = inspect.signature(remote_device._DeviceCtlRemoteService.__init__).parameters["max_attempts"].default
+    assert attempts == 3600  # half a second each: half an hour, not ten seconds, for a first load
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["device"] == "iPhone 99" and report["os"] == "27.1"
 
@@ -159,9 +168,11 @@ def test_swift_file_names_the_packages_and_parses(build, tmp_path, capsys):
     subprocess.run(["swiftc", "-parse", str(tmp_path / "Latency.swift")], check=True)
 
 
-def test_bad_input_ends_in_one_sentence(build, tmp_path):
+def test_bad_input_ends_in_one_sentence(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "has_core_ml", lambda: False)
     for command, words in (
         ([], "nothing to time"),
+        (["--swift", "--ladder"], "nothing to time"),
         ([str(tmp_path)], "holds no packages"),
         ([str(build), "--device", "iphone"], "from a Mac only"),
         ([str(build), "--n", "0"], "at least 1"),

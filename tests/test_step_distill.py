@@ -110,36 +110,54 @@ class Captions:
         self.value = value
 
     def batch(self, seed, step, size):
-        return torch.full((size, 16, 8, 8), self.value), torch.zeros(size, dtype=torch.long)
+        return torch.full((size, 16, 8, 8), self.value), torch.arange(size) % 3
 
 
 def test_starting_points(monkeypatch):
     """At t = 1 nothing of x_0 is left; real rows lie on the straight line; own rows were walked there by the student."""
-    monkeypatch.setattr(step_distill, "predict", lambda model, cfg, data, x, t, ids, device: torch.ones_like(x))
+
+    def of_t_and_caption(model, cfg, data, x, t, ids, device):
+        return flow.expand(t**2 + ids, x) * torch.ones_like(x)
+
+    monkeypatch.setattr(step_distill, "predict", of_t_and_caption)
     args = step_distill.parse_arguments([*SMALL, "--batch", "64"])
     model = type("Student", (), {"cfg": None})
     times = flow.sampling_timesteps(4, 3.0)[:-1]
     runs = [step_distill.starting_points(model, Captions(value), args, times, 5, "cpu") for value in (0.0, 7.0)]
-    (x0, eps, x_t, t, _, own), (_, _, other, *_) = runs
+    (x0, eps, x_t, t, ids, own), (_, _, other, *_) = runs
     assert torch.equal(x_t[t == 1], eps[t == 1]) and torch.equal(x_t[t == 1], other[t == 1])
     assert torch.allclose(x_t[~own], flow.interpolate(x0, eps, t)[~own])
-    assert torch.allclose(x_t[own], (eps + flow.expand(t - 1, eps))[own], atol=1e-6)  # v = 1 all the way from t = 1
-    assert 16 < own.sum() < 48 and set(t.tolist()) == set(times.tolist())
+    for i in own.nonzero()[:, 0]:  # Euler steps from one time to the next, with the velocity of that time and caption
+        walked, path = eps[i].clone(), [*times.tolist(), 0.0]
+        for now, then in zip(path[:-1], path[1:], strict=True):
+            if t[i] < now - 1e-6:
+                walked += (then - now) * (now**2 + ids[i])
+        assert torch.allclose(x_t[i], walked, atol=1e-5)
+    assert 12 < own.sum() < 36 and set(t.tolist()) == set(times.tolist()) and not own[t == 1].any()
 
 
-def test_both_sides_of_the_judge_are_noised_alike():
-    """Real and predicted latents of unit deviation have deviation sqrt((1 - t)^2 + t^2) at level t, one like the other."""
-    g = torch.Generator().manual_seed(0)
-    real, fake, noise = (torch.randn(256, 16, 8, 8, generator=g) for _ in range(3))
-    for level in (0.1, 0.5, 0.9):
-        t = torch.full((256,), level)
-        for latents in (real, fake):
-            noised = flow.interpolate(latents, noise, t)
-            assert noised.std().item() == pytest.approx(((1 - level) ** 2 + level**2) ** 0.5, abs=0.01)
-        same = flow.interpolate(real, noise, t) - flow.interpolate(fake, noise, t)
-        assert torch.allclose(
-            same, (1 - level) * (real - fake), atol=1e-5
-        )  # the noise cancels: only the latents differ
+def test_the_judge_sees_both_sides_through_the_same_noise(home, monkeypatch):
+    """Of the teacher's calls in one step: real and predicted latents at one level with one noise, which cancels."""
+    calls = []
+
+    class Watched(step_distill.Teacher):
+        def __call__(self, x_t, t, ids, guidance=1.0):
+            calls.append((x_t.detach().clone(), t.clone()))
+            return super().__call__(x_t, t, ids, guidance)
+
+    monkeypatch.setattr(step_distill, "Teacher", Watched)
+    seen = []
+    monkeypatch.setattr(
+        step_distill.flow, "x0_from_velocity", lambda x, v, t: seen.append(x - flow.expand(t, x) * v) or seen[-1]
+    )
+    step_distill.main([*SMALL, "--steps", "1", "--losses", "adv", "--batch", "32", "--out", "runs/noised"])
+    (real, level), (fake, same_level), (again, third_level) = calls[:3]
+    assert torch.equal(level, same_level) and torch.equal(level, third_level) and torch.equal(fake, again)
+    data = step_distill.open_data(step_distill.parse_arguments(SMALL), FrozenEncoders("assets/toy-sd3"))[0]
+    x0 = data.batch(0, 0, 32)[0]
+    assert torch.allclose(real - fake, flow.expand(1 - level, real) * (x0 - seen[0].detach()), atol=1e-5)
+    noise = (real - flow.expand(1 - level, real) * x0) / flow.expand(level, real)
+    assert noise.mean().abs() < 0.05 and noise.std().item() == pytest.approx(1, abs=0.05)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -156,7 +174,7 @@ class Blocks:
 
 
 def test_judge_answers_for_every_head_and_token_and_trains_only_heads():
-    judge = step_distill.Discriminator(Blocks())
+    judge = step_distill.Judge(Blocks())
     latents = torch.randn(3, 16, 4, 4, requires_grad=True)
     answers = judge(latents, torch.ones(3), torch.zeros(3, dtype=torch.long))
     assert answers.shape == (3, 2 * 16)
@@ -166,35 +184,64 @@ def test_judge_answers_for_every_head_and_token_and_trains_only_heads():
 
 
 def test_gradient_penalty_is_the_squared_slope_on_real_features():
-    judge = step_distill.Discriminator(Blocks())
+    judge = step_distill.Judge(Blocks())
     features = [torch.randn(2, 16, 4, 4) for _ in range(2)]
     penalty, answers = step_distill.gradient_penalty(judge, features)
     expected = 0.0
     for head, f in zip(judge.heads, features, strict=True):
         f = f.clone().requires_grad_()
-        expected += torch.autograd.grad(head(f).sum(), f)[0].square().sum() / 2
-    assert torch.allclose(penalty, expected) and torch.allclose(answers, judge.judge(features))
+        expected += torch.autograd.grad(head(f).sum(), f)[0].square().sum() / (2 * 4 * 4)
+    assert torch.allclose(penalty, expected) and torch.allclose(answers, judge.answers(features))
     penalty.backward()
-    assert all(p.grad is not None for head in judge.heads for p in head[1].parameters() if p.dim() > 1)
+    assert all(p.grad is not None for head in judge.heads for p in head.parameters() if p.dim() > 1)
 
 
-def test_each_side_learns_for_itself(home):
-    """With a rate of zero on one side its weights stay bit for bit, while the other side's move."""
-    start = safetensors.torch.load_file(home / "assets/zoo/fm/model.safetensors")
-    ends = {}
-    for name, rates in (
-        ("judge", ["--lr", "0"]),
-        ("student", ["--heads-lr", "0"]),
-        ("none", ["--lr", "0", "--heads-lr", "0"]),
-    ):
-        out = home / "runs" / name
-        step_distill.main([*SMALL, "--steps", "2", *rates, "--out", str(out)])
+def test_hinge_and_who_wants_what():
+    """Sure and right costs nothing, not knowing costs 2, sure and wrong more; the student's step raises the answers."""
+    answers = torch.full((2, 5), 2.0)
+    assert step_distill.hinge(answers, -answers) == 0 and step_distill.hinge(0 * answers, 0 * answers) == 2
+    assert step_distill.hinge(-answers, answers) == 6
+    torch.manual_seed(0)
+    judge, real, fake = step_distill.Judge(Blocks()), torch.randn(8, 16, 4, 4) + 1, torch.randn(8, 16, 4, 4) - 1
+    optimizer, of = torch.optim.AdamW(judge.parameters(), lr=1e-3), (torch.ones(8), torch.zeros(8, dtype=torch.long))
+    for _ in range(40):
+        loss = step_distill.hinge(judge(real, *of), judge(fake, *of))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert judge(real, *of).mean() > 0.5 and judge(fake, *of).mean() < -0.5
+
+
+def test_distillation_loss():
+    """Real points have S, own points the target alone, at the size that S gives it; no gradient through the ratio."""
+    task, kd = torch.tensor([0.4, 0.8, 5.0], requires_grad=True), torch.tensor([0.1, 0.2, 0.3], requires_grad=True)
+    t, own = torch.tensor([0.9, 0.6, 0.75]), torch.tensor([False, False, True])
+    value = step_distill.distillation_loss(task, kd, t, own)
+    assert torch.allclose(value[:2], step_distill.scaled(task, kd, t)[:2])
+    assert torch.allclose(value[2], 0.6 / 0.15 * kd[2])  # mean task of real points over their mean kd
+    value.sum().backward()
+    assert task.grad[2] == 0 and torch.allclose(kd.grad[2], torch.tensor(4.0)) and (kd.grad[:2] > 0).all()
+    assert torch.equal(step_distill.distillation_loss(task, kd, t, torch.ones(3, dtype=torch.bool)), kd)
+
+
+def test_neither_side_learns_from_the_others_loss(home):
+    """The student's weights are the same bit for bit whether a judge of weight 0 learns beside it or not; the judge's, whatever
+    weight the student gives it. With a rate of 0 a side stays as it was."""
+    start, ends = safetensors.torch.load_file(home / "assets/zoo/fm/model.safetensors"), {}
+    for name, flags in {
+        "kd": ["--losses", "kd"], "kd, idle judge": ["--adv-weight", "0"], "both": ["--adv-weight", "0.05"],
+        "still": ["--lr", "0", "--adv-weight", "0"], "still, pushed": ["--lr", "0", "--adv-weight", "0.05"],
+    }.items():  # fmt: skip
+        out = home / "runs" / name.replace(", ", "-")
+        step_distill.main([*SMALL, "--steps", "2", *flags, "--out", str(out)])
         ends[name] = {network: weights(out, network) for network in ("model.", "heads.")}
-    for name, moved in (("judge", False), ("student", True)):
-        assert any(not torch.equal(v, start[k[6:]].float()) for k, v in ends[name]["model."].items()) == moved
-        assert any(not torch.equal(v, ends["none"]["heads."][k]) for k, v in ends[name]["heads."].items()) == (
-            not moved
-        )
+
+    def same(a, b, network):
+        return all(torch.equal(ends[a][network][k], ends[b][network][k]) for k in ends[a][network])
+
+    assert same("kd", "kd, idle judge", "model.") and not same("kd", "both", "model.")
+    assert same("still", "still, pushed", "heads.") and not same("kd", "both", "heads.")
+    assert all(torch.equal(value, start[name[6:]].float()) for name, value in ends["still"]["model."].items())
 
 
 def test_teacher_stays_as_it_is(home, monkeypatch):
@@ -229,6 +276,7 @@ def test_both_losses_reach_the_student(home):
 
 def test_a_run_knows_how_it_wants_to_be_sampled(finished):
     model, config = load_student(finished)
+    assert config["latent_size"] == [8, 8] and config["settings"]["layers"] == [1, 3, 5]
     assert config["sampling"] == {"steps": 4, "guidance": 1.0, "shift": 3.0, "times": [1.0, 0.9, 0.75, 0.5, 0.0]}
     calls = []
     model.register_forward_pre_hook(lambda net, inputs: calls.append((len(inputs[0]), round(inputs[1][0].item(), 3))))
@@ -284,8 +332,8 @@ def test_turbo_folder_of_another_shape(tmp_path, home):
         joint_attention_dim=192, caption_projection_dim=32, pooled_projection_dim=160, pos_embed_max_size=16,
     ).save_pretrained(folder / "transformer")  # fmt: skip
     out = home / "runs" / "turbo"
-    step_distill.main([*SMALL, "--steps", "2", "--turbo", str(folder), "--layers", "0", "1", "--out", str(out)])
-    assert weights(out, "heads.")["heads.heads.0.1.weight"].shape[1] == 32  # the turbo's width, not the toy's 128
+    step_distill.main([*SMALL, "--steps", "2", "--turbo", str(folder), "--out", str(out)])
+    assert weights(out, "heads.")["heads.heads.0.0.weight"].shape[1] == 32  # the turbo's width, not the toy's 128
     assert load_student(out)[1]["settings"]["turbo"] == str(folder)
 
 
@@ -295,7 +343,7 @@ def test_figures_and_ablation(home, finished, capsys):
     arguments = [*SMALL, "--ablate", "--steps", "1", "--seeds", "1", "--per-family", "1", "--out", "runs/ablation"]
     step_distill.main(arguments)
     first = capsys.readouterr().out
-    assert all(name in first for name in step_distill.ROWS)
+    assert all(name in first for name in step_distill.ROWS) and "before: " in first
     step_distill.main(arguments)  # everything is there: the same table, at once
     assert capsys.readouterr().out.split("8 steps")[1] == first.split("8 steps")[1]
     results = json.loads((home / "runs/ablation/ablation.json").read_text())
@@ -305,7 +353,8 @@ def test_figures_and_ablation(home, finished, capsys):
 def test_bad_input_ends_in_one_sentence(tmp_path):
     for arguments, words in (
         (["--init", "nowhere"], "is not a student"),
-        (["--turbo", "nowhere"], "has no transformer"),
+        (["--turbo", "nowhere"], "nowhere has no transformer.* for --turbo"),
+        (["--ablate", "--data", "."], "leave --data out"),
         (["--layers", "9"], "6 blocks"),
         (["--size", "imagenet"], "is not of --size imagenet"),
         (["--for-steps", "0"], "at least 1"),
