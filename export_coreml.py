@@ -409,8 +409,9 @@ def join(halves, sizes, path):
     for size, half in halves.items():
         descriptor.add_function(str(half), src_function_name="main", target_function_name=function_name(size, sizes))
     descriptor.default_function_name = function_name(sizes[0], sizes)
-    ct.utils.save_multifunction(descriptor, str(path))
-    joined, first = (ct.models.MLModel(str(p), skip_model_load=True) for p in (path, halves[sizes[0]]))
+    raw = path.with_name(f"raw-{path.name}")
+    ct.utils.save_multifunction(descriptor, str(raw))
+    joined, first = (ct.models.MLModel(str(p), skip_model_load=True) for p in (raw, halves[sizes[0]]))
     spec = joined.get_spec()  # coremltools leaves licence, version and author behind
     spec.description.metadata.CopyFrom(first.get_spec().description.metadata)
     ct.models.utils.save_spec(spec, str(path), weights_dir=joined.weights_dir)
