@@ -507,7 +507,7 @@ def parse_arguments(argv=None):
     # optimisation
     p.add_argument("--steps", type=int, default=1500, help="training steps")
     p.add_argument("--batch", type=int, default=64, help="pictures a step")
-    p.add_argument("--lr", type=float, default=1e-4, help="the student's learning rate after the warm-up")
+    p.add_argument("--lr", type=float, default=3e-4, help="the student's learning rate after the warm-up")
     p.add_argument(
         "--optimizer", choices=("adamw", "muon"), help="default: muon for --size tiny, adamw for the paper's"
     )
