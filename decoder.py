@@ -122,9 +122,8 @@ class Block(nn.Module):
         h = by_strips(convolutions, x, halo=2)
         strips = [slice(top, top + STRIP) for top in range(0, h.shape[2], STRIP)]
 
-        def over_groups(
-            sums,
-        ):  # sums over the pixels of each channel, (B, C) -> means over the group of each, (B, C, 1, 1)
+        def over_groups(sums):
+            """Sums over the pixels of each channel (B, C) -> means over the group of each, (B, C, 1, 1)."""
             means = sums.unflatten(1, (norm.num_groups, -1)).mean(2, keepdim=True) / (h.shape[2] * h.shape[3])
             return means.expand(-1, -1, h.shape[1] // norm.num_groups).flatten(1)[..., None, None]
 
