@@ -64,6 +64,8 @@ def save_json(value, path):
 def pick_device(name=None):
     """cuda, else mps, else cpu; or the one that is named. Raises SystemExit when that one is not there."""
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if found == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each rank
+        found = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name or found)
         torch.empty(1, device=device)

@@ -30,6 +30,7 @@ from time import perf_counter
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -353,6 +354,10 @@ def timestep_embedding(t, dim):
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def call(layer, *inputs):
+    return layer(*inputs)
+
+
 class UNet(nn.Module):
     """The denoiser v_theta(x_t, t, c) of flow matching.
 
@@ -362,7 +367,12 @@ class UNet(nn.Module):
         text: (B, T, text_dim) states of the caption's tokens.
         mask: (B, T) bool, True for real tokens; padding is not attended to.
         Returns the velocity (B, 16, H, W). Raises ValueError on other sizes.
+
+    checkpointing = True keeps only what goes into each layer, and computes the rest again in the backward pass: a third more
+    time, a fraction of the memory.
     """
+
+    checkpointing = False
 
     def __init__(self, cfg):
         super().__init__()
@@ -403,21 +413,24 @@ class UNet(nn.Module):
         time = self.time_mlp(timestep_embedding(t, self.cfg.channels[0]).to(x_t.dtype))  # (B, time_dim)
         if mask is not None:
             mask = mask[:, None, None, :]  # (B, 1, 1, T): the same for every head and pixel
+        run = call
+        if self.checkpointing and torch.is_grad_enabled():
+            run = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
         x = self.conv_in(x_t)
         skips = [x]
         for stage in self.down:
             for layer in stage.layers:
-                x = layer(x, time, text, mask)
+                x = run(layer, x, time, text, mask)
                 skips.append(x)
             if stage.resample is not None:
                 x = stage.resample(x)
                 skips.append(x)
-        x = self.mid[0](x, time)
-        x = self.mid[1](x, text, mask)
-        x = self.mid[2](x, time)
+        x = run(self.mid[0], x, time)
+        x = run(self.mid[1], x, text, mask)
+        x = run(self.mid[2], x, time)
         for stage in self.up:
             for layer in stage.layers:
-                x = layer(torch.cat([x, skips.pop()], dim=1), time, text, mask)
+                x = run(layer, torch.cat([x, skips.pop()], dim=1), time, text, mask)
             if stage.resample is not None:
                 x = stage.resample(x)
         return self.conv_out(F.silu(self.norm_out(x)))
