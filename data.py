@@ -6,15 +6,19 @@ states: the paper trains in the latent space of SD3's autoencoder (Sec. 3.2), so
 
     python data.py --out shapes.png         # a captioned contact sheet of the shapes world
     python data.py --data DIR --out my.png  # the same for your own folder: does it load as you think?
+    python data.py encode SOURCE --out DIR  # large data sets (ImageNet, WebDataset): encoded once into shards (shards.py)
 """
 
 import argparse
+import collections
+import concurrent.futures
 import copy
 import functools
 import hashlib
 import json
 import math
 import struct
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +30,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
+import parallel
 from checkpoint import save_atomically
+from encoders import join_text
 from shapes import SIDE, SPLITS, ShapesWorld
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -195,7 +201,9 @@ class Latents:
     """What training reads. N pictures, K distinct captions; caption 0 is the empty one (dropped captions use it).
 
     latents (N, 16, h, w) float16, model latents; caption_ids (N,) int64 into `captions`;
-    states (K, T, D) float16, mask (K, T) bool, pooled (K, P) float16: see FrozenEncoders.encode_text.
+    states (K, T, D) float16, mask (K, T) bool, pooled (K, P) float16: see FrozenEncoders.encode_text;
+    gemma (K, T', D') float16, gemma_mask (K, T') bool: see Gemma.encode; None without it;
+    first_clip: channels of `states` that belong to the first of the two CLIPs.
     """
 
     latents: torch.Tensor
@@ -204,19 +212,61 @@ class Latents:
     states: torch.Tensor
     mask: torch.Tensor
     pooled: torch.Tensor
+    gemma: torch.Tensor | None = None
+    gemma_mask: torch.Tensor | None = None
+    first_clip: int = 0
+    streamed = False  # ShardedLatents is: then nothing can be computed for all captions at once
 
     def __len__(self):
         return len(self.latents)
+
+    @property
+    def shape(self):
+        """Of one latent: (16, h, w)."""
+        return self.latents.shape[1:]
 
     @functools.cached_property
     def longest(self):
         """Tokens of the longest caption. What lies behind is padding for all of them, and attention there is wasted."""
         return int(self.mask.any(0).sum())
 
-    def batch(self, seed, step, size):
-        """(latents (B, 16, h, w) float32, caption_ids (B,)) of one training step."""
-        index = self.indices(seed, step, size)
+    @property
+    def several_encoders(self):
+        """Whether captions may be dropped from one encoder and not from another: see text()."""
+        return self.gemma is not None
+
+    def caption_of(self, i):
+        """The caption of picture i."""
+        return self.captions[self.caption_ids[i]]
+
+    def pictures(self, index):
+        """(latents (B, 16, h, w) float32, caption ids (B,)) of these pictures."""
         return self.latents[index].float(), self.caption_ids[index]
+
+    def text(self, ids):
+        """(states (B, T, D) float32, mask (B, T)) of captions, for the student.
+
+        ids is (B,), or (B, 3) when CLIP-L, CLIP-G and Gemma may each have another: a dropped encoder has caption 0, the empty one.
+        """
+        if self.gemma is None:
+            return self.states[ids, : self.longest].float(), self.mask[ids, : self.longest]
+        large, giant, gemma = (ids if ids.dim() == 1 else ids[:, i] for i in range(3))
+        clip = self.states[giant, : self.longest]
+        clip[..., : self.first_clip] = self.states[large, : self.longest, : self.first_clip]
+        mask = self.mask[torch.maximum(large, giant), : self.longest]
+        return join_text([(clip.float(), mask), (self.gemma[gemma].float(), self.gemma_mask[gemma])])
+
+    def clip(self, ids):
+        """(states (B, T, D), pooled (B, P)) float16 of captions, both CLIPs alone and padding included: for the teacher.
+
+        With an id for each encoder, (B, 3), the teacher sees the caption unless all have dropped it.
+        """
+        ids = ids if ids.dim() == 1 else ids.amax(1)
+        return self.states[ids], self.pooled[ids]
+
+    def batch(self, seed, step, size, rows=slice(None)):
+        """(latents (B, 16, h, w) float32, caption_ids (B,)) of one training step; with `rows`, of a part of its batch."""
+        return self.pictures(self.indices(seed, step, size)[rows])
 
     def indices(self, seed, step, size):
         """Which pictures a step sees, (B,): a pure function of (seed, step), so a resume needs no saved order.
@@ -283,15 +333,50 @@ def encode_dataset(dataset, encoders, cache="runs/cache", batch=None):
         states, mask, pooled = (torch.cat(column).cpu() for column in zip(*text, strict=True))
         return {"states": states.half(), "mask": mask, "pooled": pooled.half()}, captions
 
-    name = key(dataset.name, encoders.fingerprint("vae"))
-    pictures, captions = cached(Path(cache) / f"latents-{name}.safetensors", encode_pictures)
-    name = key(*captions, encoders.fingerprint("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    text, _ = cached(Path(cache) / f"text-{name}.safetensors", encode_captions)
-    return Latents(captions=captions, **pictures, **text)
+    def encode_gemma():
+        states, mask = encoders.gemma.encode(captions)
+        longest = int(mask.any(0).sum())
+        return {
+            "gemma": states[:, :longest].half().cpu().contiguous(),
+            "gemma_mask": mask[:, :longest].cpu().contiguous(),
+        }, captions
+
+    with parallel.first_alone():
+        name = key(dataset.name, encoders.fingerprint("vae"))
+        pictures, captions = cached(Path(cache) / f"latents-{name}.safetensors", encode_pictures)
+        name = key(*captions, encoders.fingerprint("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+        text, _ = cached(Path(cache) / f"text-{name}.safetensors", encode_captions)
+        if encoders.gemma is not None:
+            name = key(*captions, encoders.gemma.fingerprint())
+            text |= cached(Path(cache) / f"gemma-{name}.safetensors", encode_gemma)[0]
+    return Latents(captions=captions, **pictures, **text, first_clip=encoders.first_clip)
+
+
+def ahead(make, numbers, device):
+    """make(number) for each number; on a GPU the next one is made by a thread while this one is worked on."""
+    if device.type == "cpu":
+        yield from map(make, numbers)
+        return
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = collections.deque()
+        for number in numbers:
+            waiting.append(pool.submit(make, number))
+            if len(waiting) > 2:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="Draw a captioned contact sheet of a data set.")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["encode"]:
+        import shards
+
+        shards.main(argv[1:])
+        return
+    p = argparse.ArgumentParser(
+        description="Draw a captioned contact sheet of a data set. `data.py encode --help`: encode a large one into shards."
+    )
     p.add_argument("--data", metavar="DIR", help="folder of pictures with captions; without it, the shapes world")
     p.add_argument("--split", choices=SPLITS, default="train", help="of the shapes world (default: train)")
     p.add_argument("--seed", type=int, default=0, help="of the shapes world (default: 0)")
@@ -313,4 +398,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    parallel.launch(main)

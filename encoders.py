@@ -5,6 +5,8 @@ frozen text encoders. Both come from one folder in diffusers' layout, so `assets
 and a download of stable-diffusion-3.5-large are read by the same lines:
 
     vae/  text_encoder/  text_encoder_2/  tokenizer/  tokenizer_2/     (and transformer/, scheduler/: the teacher)
+
+The paper's text-to-image model reads the caption with a language model besides, Gemma-2-2b [R]: --gemma names its folder.
 """
 
 import hashlib
@@ -14,10 +16,11 @@ from pathlib import Path
 import torch
 import transformers
 from diffusers import AutoencoderKL
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import AutoTokenizer, CLIPTextModelWithProjection, CLIPTokenizer, Gemma2Model
 
 transformers.utils.logging.disable_progress_bar()  # one bar per network says nothing
 PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+GEMMA_TOKENS = 128  # [A]
 
 
 def hash_folders(folders):
@@ -89,6 +92,7 @@ class FrozenEncoders(FrozenAutoencoder):
         folder: an SD3 folder in diffusers' layout.
         device: where to run.
         dtype: precision of the networks; latents and states come back in float32.
+        gemma: folder of Gemma-2-2b, or None.
 
     Raises:
         SystemExit: with one sentence, when the folder or one of its parts is missing or cannot be read.
@@ -96,7 +100,7 @@ class FrozenEncoders(FrozenAutoencoder):
 
     parts = PARTS
 
-    def __init__(self, folder="assets/toy-sd3", device="cpu", dtype=torch.float32):
+    def __init__(self, folder="assets/toy-sd3", device="cpu", dtype=torch.float32, gemma=None):
         folder = Path(folder)
         missing = [part for part in PARTS if not (folder / part).is_dir()]
         if missing:
@@ -117,6 +121,12 @@ class FrozenEncoders(FrozenAutoencoder):
             network.requires_grad_(False).eval().to(device)
         self.max_tokens = self.tokenizers[0].model_max_length
         self.text_dim = sum(encoder.config.hidden_size for encoder in self.text_encoders)
+        self.first_clip = self.text_encoders[0].config.hidden_size
+        self.gemma = Gemma(gemma, device, dtype) if gemma else None
+
+    def fingerprint(self, *parts):
+        """hash_folders() of these parts; none given: of all parts, and Gemma's hash behind."""
+        return super().fingerprint(*parts) + (f"-{self.gemma.fingerprint()}" if self.gemma and not parts else "")
 
     @torch.no_grad()
     def encode_text(self, captions):
@@ -150,7 +160,55 @@ class FrozenEncoders(FrozenAutoencoder):
     def student_text(self, captions, width):
         """(states (B, T, width), mask (B, T)) as the student takes them: see pad_text."""
         states, mask, _ = self.encode_text(captions)
+        if self.gemma is not None:
+            states, mask = join_text([(states, mask), self.gemma.encode(captions)])
         return pad_text(states, width), mask
+
+
+class Gemma:
+    """A Gemma-2 folder as a text encoder: the last hidden states of the caption's tokens.
+
+    Args: folder, device, dtype as for FrozenEncoders. Raises SystemExit with one sentence when it cannot be read.
+    """
+
+    def __init__(self, folder, device="cpu", dtype=torch.float32):
+        self.folder, self.device = Path(folder), torch.device(device)
+        if not (self.folder / "config.json").is_file():
+            raise SystemExit(
+                f"{folder} is no Gemma folder: give --gemma a download of google/gemma-2-2b, or leave it out."
+            )
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.net = Gemma2Model.from_pretrained(folder, dtype=dtype)
+        except Exception as error:
+            raise SystemExit(f"cannot read Gemma in {folder}: {error}") from error
+        self.net.requires_grad_(False).eval().to(device)
+        self.tokenizer.padding_side = "right"
+
+    def fingerprint(self):
+        return hash_folders([self.folder])
+
+    @torch.no_grad()
+    def encode(self, captions, batch=64):
+        """Captions -> (states (B, 128, D) float32 (Gemma-2-2b: D = 2304), mask (B, 128) bool, True for real tokens).
+
+        The first token is always Gemma's <bos>, so an empty caption has one token. Over-long captions are cut.
+        """
+        states, masks = [], []
+        for start in range(0, len(captions), batch):
+            tokens = self.tokenizer(list(captions[start : start + batch]), padding="max_length", max_length=GEMMA_TOKENS,
+                                    truncation=True, return_tensors="pt").to(self.device)  # fmt: skip
+            out = self.net(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+            states.append(out.float().cpu())
+            masks.append(tokens.attention_mask.bool().cpu())
+        return torch.cat(states).to(self.device), torch.cat(masks).to(self.device)
+
+
+def join_text(parts):
+    """[(states (B, T, D), mask (B, T)), ...] of several encoders -> one such pair: tokens one after the other, the order that
+    of the list (CLIP, then Gemma) [R, A], narrow states padded with zeros to the widest."""
+    width = max(states.shape[-1] for states, _ in parts)
+    return torch.cat([pad_text(states, width) for states, _ in parts], 1), torch.cat([mask for _, mask in parts], 1)
 
 
 def pad_text(states, width):

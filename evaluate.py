@@ -310,7 +310,7 @@ def draw_with_diffusers(folder, device, args):
 def draw_with_student(folder, device, args):
     """A student folder as a function prompts -> pictures."""
     model, config = load_student(folder, device)
-    encoders = FrozenEncoders(args.teacher or config["encoders"], device)
+    encoders = FrozenEncoders(args.teacher or config["encoders"], device, gemma=config.get("gemma"))
     check_encoders(config, encoders)
     decoder = pick_decoder(args.decoder, encoders)
     return lambda prompts, seed: draw_pictures(

@@ -137,7 +137,7 @@ def main(argv=None):
             raise SystemExit(f"cannot tell the kind of picture from {path!r}: end it in .png, .jpg or .gif.")
     device = pick_device(args.device)
     model, config = load_student(args.model, device)
-    encoders = FrozenEncoders(args.teacher or config["encoders"], device)
+    encoders = FrozenEncoders(args.teacher or config["encoders"], device, gemma=config.get("gemma"))
     check_encoders(config, encoders)
     decoder = pick_decoder(args.decoder, encoders)
     if args.resolution:

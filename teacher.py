@@ -20,6 +20,7 @@ from diffusers import SD3Transformer2DModel
 from transformers import AutoTokenizer, T5EncoderModel
 
 import flow
+import parallel
 from data import cached
 
 T5_TOKENS = 256  # diffusers' max_sequence_length
@@ -64,23 +65,23 @@ class WeightedTextAttention:
         return attn.to_out[0](picture), text
 
 
-@torch.no_grad()
-def t5_states(folder, captions, device="cpu", dtype=torch.float32, batch=64):
-    """(K, 256, D) float16: T5's states of the captions, or None when the folder has no T5 or its T5 says nothing."""
-    if not (folder / "text_encoder_3").is_dir():
-        return None
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer_3")
-    encoder = T5EncoderModel.from_pretrained(folder / "text_encoder_3", dtype=dtype).to(device).eval()
-    states = []
-    for start in range(0, len(captions), batch):
-        some = captions[start : start + batch]
-        ids = tokenizer(
-            some, padding="max_length", max_length=T5_TOKENS, truncation=True, return_tensors="pt"
+class T5:
+    """The T5 of an SD3 folder as a text encoder, or one that says nothing: no folder text_encoder_3, or zeros for any caption."""
+
+    def __init__(self, folder, device="cpu", dtype=torch.float32):
+        self.device, self.silent = device, not (folder / "text_encoder_3").is_dir()
+        if not self.silent:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer_3")
+            self.encoder = T5EncoderModel.from_pretrained(folder / "text_encoder_3", dtype=dtype).to(device).eval()
+            self.silent = not self(["a photo"]).any()
+
+    @torch.no_grad()
+    def __call__(self, captions):
+        """Captions -> (B, 256, D) float16, padding included: SD3's transformer attends to it."""
+        ids = self.tokenizer(
+            list(captions), padding="max_length", max_length=T5_TOKENS, truncation=True, return_tensors="pt"
         ).input_ids
-        states.append(encoder(ids.to(device))[0].half().cpu())
-        if start == 0 and not states[0].any():
-            return None  # zeros for every caption
-    return torch.cat(states)
+        return self.encoder(ids.to(self.device))[0].half().cpu()
 
 
 class Teacher:
@@ -116,28 +117,41 @@ class Teacher:
             blocks[layer].register_forward_hook(lambda block, i, out, layer=layer: self.seen.update({layer: out[1]}))
         self.feature_dim = self.net.inner_dim
 
-        # text: (K, T, D) and (K, P), a row for each caption of the data
-        t5 = self._cached_t5(folder, data.captions, cache)
-        width = self.net.config.joint_attention_dim
-        clip = F.pad(data.states, (0, width - data.states.shape[-1]))
-        if t5 is None:  # one zero token that counts 256 times
-            t5 = clip.new_zeros(len(clip), 1, width)
+        # text: CLIP's states come with the data; T5's are computed once for its captions, or as they come if there are many
+        self.data, self.live, self.t5 = data, T5(folder, device, dtype) if data.streamed else None, None
+        if not data.streamed:
+            self.t5 = self._t5_of_all(folder, data.captions, cache)
+        self.silent = self.live.silent if data.streamed else self.t5 is None
+        if self.silent:
             self.net.set_attn_processor(WeightedTextAttention(T5_TOKENS))
-        self.text, self.pooled = torch.cat([clip, t5], dim=1), data.pooled
 
-    def _cached_t5(self, folder, captions, cache):
-        """t5_states, computed once for these captions, so that T5 need not stay in memory."""
+    def _t5_of_all(self, folder, captions, cache, batch=64):
+        """(K, 256, D): T5's states of all captions, computed once, so that T5 need not stay in memory; None if it is silent."""
         if not (folder / "text_encoder_3").is_dir():
             return None
         weights = sorted((p.name, p.stat().st_size) for p in (folder / "text_encoder_3").iterdir())
         key = hashlib.sha256(json.dumps([captions, str(folder.resolve()), weights]).encode()).hexdigest()[:16]
 
         def compute():
-            states = t5_states(folder, captions, self.device, self.dtype)
-            return {"t5": torch.zeros(0) if states is None else states}, []
+            t5 = T5(folder, self.device, self.dtype)
+            if t5.silent:
+                return {"t5": torch.zeros(0)}, []
+            return {"t5": torch.cat([t5(captions[i : i + batch]) for i in range(0, len(captions), batch)])}, []
 
-        states = cached(Path(cache) / f"t5-{key}.safetensors", compute)[0]["t5"]
+        with parallel.first_alone():
+            states = cached(Path(cache) / f"t5-{key}.safetensors", compute)[0]["t5"]
         return states if len(states) else None
+
+    def text(self, ids):
+        """What the transformer reads of captions: (states (B, T, D), pooled (B, P)), as diffusers' pipeline lays them out."""
+        states, pooled = self.data.clip(ids)
+        clip = F.pad(states, (0, self.net.config.joint_attention_dim - states.shape[-1]))
+        if self.silent:  # one zero token that counts 256 times
+            t5 = clip.new_zeros(len(clip), 1, clip.shape[-1])
+        else:
+            ids = ids if ids.dim() == 1 else ids.amax(1)
+            t5 = self.t5[ids] if self.live is None else self.live(self.data.captions_of(ids))
+        return torch.cat([clip, t5], dim=1).to(self.device, self.dtype), pooled.to(self.device, self.dtype)
 
     def __call__(self, x_t, t, ids, guidance=1.0):
         """What the teacher thinks of noisy latents.
@@ -151,11 +165,11 @@ class Teacher:
         if guidance != 1:
             both, features = self(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([ids, torch.zeros_like(ids)]))
             return flow.guide(*both.chunk(2), guidance), [f[: len(x_t)] for f in features]
-        ids = ids.to(self.text.device)
+        states, pooled = self.text(ids.cpu())
         velocity = self.net(
             x_t.to(self.device, self.dtype),
-            encoder_hidden_states=self.text[ids].to(self.device, self.dtype),
-            pooled_projections=self.pooled[ids].to(self.device, self.dtype),
+            encoder_hidden_states=states,
+            pooled_projections=pooled,
             timestep=1000 * t.to(self.device, torch.float32),
             return_dict=False,
         )[0]

@@ -148,6 +148,8 @@ class CountingEncoders:
 
     asked = 0
 
+    gemma, first_clip = None, 2
+
     def fingerprint(self, *parts):
         return " ".join(parts)
 

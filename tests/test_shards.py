@@ -1,0 +1,309 @@
+"""Large data sets: ImageNet's and WebDataset's layouts, shards that hold what the encoders said, and training that reads them."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+import data
+import distill
+import sample
+import shards
+import step_distill
+import train_fm
+from encoders import FrozenEncoders
+from shapes import ShapesWorld
+from teacher import Teacher
+
+pytestmark = pytest.mark.usefixtures("at_home")
+ROOT = Path(__file__).parent.parent
+WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "a", "photo", "of", "red", "circle"]
+
+
+def picture(i, size=(80, 70), kind="PNG"):
+    file = io.BytesIO()
+    ShapesWorld("train", 0, 1000)[i][0].resize(size).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """ILSVRC's folders with two classes, and one file that is no picture."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    for k, synset in enumerate(("n01440764", "n01443537")):
+        train = folder / "ILSVRC" / "Data" / "CLS-LOC" / "train" / synset
+        train.mkdir(parents=True)
+        for i in range(12):
+            size = (70, 30) if i == 3 else (300, 70) if i == 4 else (80, 70)  # too small; too wide
+            (train / f"{synset}_{i}.JPEG").write_bytes(picture(12 * k + i, size, "JPEG"))
+    (train / "n01443537_99.JPEG").write_bytes(b"no picture")
+    (folder / "LOC_synset_mapping.txt").write_text(
+        "n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius auratus\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory):
+    """Two WebDataset shards: jpg + txt, and png + json; one sample without a caption."""
+    folder = tmp_path_factory.mktemp("tars")
+    world = ShapesWorld("train", 0, 1000)
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
+            for i in range(12):
+                text = "" if i == 5 else world.caption(100 + 12 * shard + i)
+                pair = (("jpg", picture(100 + 12 * shard + i, kind="JPEG")), ("txt", text.encode()))
+                if shard:
+                    pair = (
+                        ("png", picture(100 + 12 * shard + i)),
+                        ("json", json.dumps({"caption": text, "id": i}).encode()),
+                    )
+                for ending, content in pair:
+                    info = tarfile.TarInfo(f"{shard:03d}{i:05d}.{ending}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    """A Gemma-2 folder of the public layout, with tiny random weights and the width of the tiny UNet's text."""
+    folder = tmp_path_factory.mktemp("gemma")
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", unk_token="<unk>",
+                            padding_side="left").save_pretrained(folder)  # fmt: skip
+    torch.manual_seed(0)
+    config = Gemma2Config(vocab_size=len(WORDS), hidden_size=144, intermediate_size=16, num_hidden_layers=2,
+                          num_attention_heads=2, num_key_value_heads=1, head_dim=8)  # fmt: skip
+    Gemma2Model(config).save_pretrained(folder)
+    return folder
+
+
+ARGUMENTS = ["--resolution", "64", "--min-side", "40", "--device", "cpu", "--batch", "4"]
+
+
+@pytest.fixture(scope="module")
+def encoded(home, imagenet):
+    """ImageNet's two classes as three shards of 64 pixels."""
+    before = os.getcwd()
+    os.chdir(home)
+    data.main(["encode", str(imagenet), "--out", "runs/imagenet", "--per-shard", "9", *ARGUMENTS])
+    os.chdir(before)
+    return home / "runs" / "imagenet"
+
+
+def test_imagenet(encoded, imagenet):
+    index = json.loads((encoded / "index.json").read_text())
+    assert index["left_out"] == {"too small": 2, "too long or wide": 2, "unreadable": 1}
+    assert index["pictures"] == 20 and len(index["shards"]) == 3 and index["latent"] == [16, 8, 8]
+    encoders = FrozenEncoders()
+    training, validation = shards.open_shards(encoded, encoders)
+    assert len(training) == 19 and len(validation) == 1
+    names = [
+        n
+        for k in range(3)
+        for n in json.loads(safetensors.safe_open(encoded / f"{k:05d}.safetensors", "pt").metadata()["names"])
+    ]
+    captions = {"n01440764": "a photo of tench", "n01443537": "a photo of goldfish"}
+    for i in (0, 7, 18):  # the picture's own latent and caption, from its file
+        latent, ids = training.pictures(torch.tensor([i]))
+        path = imagenet / "ILSVRC/Data/CLS-LOC/train" / names[training.numbers[i]]
+        expected = encoders.encode_pictures(data.to_tensor([data.open_picture(path, 64)]))
+        assert (latent - expected).abs().max() < 0.02  # half precision
+        assert training.caption_of(i) == captions[path.parent.name] == training.captions_of(ids)[0]
+
+
+def test_shards_say_what_latents_in_memory_say(home, tars):
+    """The same pictures through a folder and through WebDataset: equal batches, text states and teacher's text."""
+    encoders, world = FrozenEncoders(), ShapesWorld("train", 0, 1000)
+    data.main(["encode", str(tars / "{000..001}.tar"), "--out", "runs/tars", *ARGUMENTS])
+    index = json.loads(Path("runs/tars/index.json").read_text())
+    assert index["left_out"] == {"without a caption": 2} and index["pictures"] == 22
+    streamed, validation = shards.open_shards("runs/tars", encoders)
+    whole = [i for i in range(100, 124) if i not in (105, 117)]  # these two have no caption
+    whole.pop(19)  # the validation set
+    captions = ["", *dict.fromkeys(world.caption(i) for i in whole)]
+    states, mask, pooled = encoders.encode_text(captions)
+    ids = torch.tensor([captions.index(world.caption(i)) for i in whole])
+    latents = torch.cat([streamed.pictures(torch.tensor([i]))[0] for i in range(len(streamed))]).half()
+    memory = data.Latents(latents, ids, captions, states.half(), mask, pooled.half(), first_clip=encoders.first_clip)
+    assert len(memory) == len(streamed) == 21 and memory.shape == streamed.shape
+    for step in range(3):
+        (a, ids_a), (b, ids_b) = memory.batch(0, step, 8), streamed.batch(0, step, 8)
+        assert torch.equal(a, b)
+        assert [captions[i] for i in ids_a] == streamed.captions_of(ids_b)
+        ids_a[2] = ids_b[2] = 0  # a dropped caption
+        length = min(memory.longest, streamed.longest)
+        for x, y in zip(memory.text(ids_a), streamed.text(ids_b), strict=True):
+            assert torch.allclose(x[:, :length].float(), y[:, :length].float(), atol=2e-3)
+        for x, y in zip(memory.clip(ids_a), streamed.clip(ids_b), strict=True):
+            assert torch.allclose(x.float(), y.float(), atol=2e-3)
+        rows = slice(2, 5)
+        assert torch.equal(streamed.batch(0, step, 8, rows)[0], b[rows])
+
+
+def test_encoding_goes_on_where_it_was_and_over_several_processes(home, encoded, imagenet):
+    shutil.copytree(encoded, home / "runs" / "again")
+    (home / "runs/again/index.json").unlink()
+    (home / "runs/again/00001.safetensors").unlink()
+    kept = (home / "runs/again/00000.safetensors").stat().st_mtime_ns
+    with pytest.raises(SystemExit, match=r"has no index.json: data.py encode has not finished"):
+        shards.open_shards("runs/again", FrozenEncoders())
+    with pytest.raises(SystemExit, match="begun otherwise: crop was center, is random"):
+        data.main(["encode", str(imagenet), "--out", "runs/again", "--per-shard", "9", "--crop", "random", *ARGUMENTS])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "data.py"),
+               "encode", str(imagenet), "--out", "runs/again", "--per-shard", "9", *ARGUMENTS]  # fmt: skip
+    result = subprocess.run(
+        command, cwd=home, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (home / "runs/again/00000.safetensors").stat().st_mtime_ns == kept
+    assert json.loads((home / "runs/again/index.json").read_text())["pictures"] == 20
+    first, second = (
+        safetensors.torch.load_file(folder / "00001.safetensors") for folder in (encoded, home / "runs/again")
+    )
+    assert all(torch.allclose(first[name].float(), second[name].float(), atol=1e-2) for name in first)
+
+
+def test_gemma_is_a_third_encoder_behind_the_clips(gemma):
+    """Order, widths and masks of the tokens, and each encoder dropped by itself."""
+    encoders, captions = FrozenEncoders(gemma=gemma), ["", "a photo of a red circle", "a photo"]
+    states, mask = encoders.student_text(captions, 256)
+    assert states.shape == (3, 24 + 128, 256) and mask.shape == (3, 24 + 128)
+    clip, clip_mask, pooled = encoders.encode_text(captions)
+    assert torch.equal(states[:, :24, :160], clip) and not states[:, :24, 160:].any()
+    assert torch.equal(mask[:, :24], clip_mask)
+    assert mask[:, 24:].sum(1).tolist() == [1, 7, 3] and not states[:, 24:, 144:].any()  # <bos> and the words
+    own = encoders.gemma.net(input_ids=torch.tensor([[1, 4, 5, 6, 4, 7, 8]])).last_hidden_state
+    assert torch.allclose(states[1, 24:31, :144], own[0], atol=1e-4)  # padding behind changes nothing
+
+    gemma_states, gemma_mask = encoders.gemma.encode(captions)
+    memory = data.Latents(torch.zeros(3, 16, 8, 8), torch.arange(3), captions, clip, clip_mask, pooled,
+                          gemma_states[:, :7], gemma_mask[:, :7], encoders.first_clip)  # fmt: skip
+    full, none = memory.text(torch.tensor([1]))[0], memory.text(torch.tensor([0]))[0]
+    longest, first = memory.longest, encoders.first_clip
+    for dropped, part in ((0, (slice(None, longest), slice(None, first))), (1, (slice(None, longest), slice(first, 160))),
+                          (2, (slice(longest, None), slice(None)))):  # fmt: skip
+        ids = torch.ones(1, 3, dtype=torch.long)
+        ids[0, dropped] = 0
+        expected = full.clone()
+        expected[0][part] = none[0][part]
+        assert torch.equal(memory.text(ids)[0], expected) and not torch.equal(expected, full)
+        assert torch.equal(
+            memory.clip(ids)[0], memory.clip(torch.tensor([1]))[0]
+        )  # the teacher still reads the caption
+    ids = train_fm.noisy_batch(memory, 0, 3, 6000, 1.0, 0.1)[3].view(-1, 3)
+    kept = ids[memory.batch(0, 3, 6000)[1] > 0] > 0
+    assert (~kept).float().mean(0).tolist() == pytest.approx([0.19] * 3, abs=0.03)  # 0.1 all of them, then 0.1 each
+    assert (~kept).all(1).float().mean().item() == pytest.approx(0.1, abs=0.02)
+
+
+def test_all_stages_train_on_shards_with_gemma(home, tars, gemma, monkeypatch):
+    """Encoded, trained, distilled, step-distilled and drawn with all three encoders; a T5 that speaks is asked as it goes."""
+    folder = home / "sd35"
+    folder.mkdir()
+    for part in (ROOT / "assets" / "toy-sd3").iterdir():
+        if part.name != "text_encoder_3":
+            (folder / part.name).symlink_to(part)
+    torch.manual_seed(0)
+    t5 = T5Config(vocab_size=98, d_model=192, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    T5EncoderModel(t5).save_pretrained(folder / "text_encoder_3")
+    data.main(["encode", str(tars), "--out", "runs/all", "--teacher", str(folder), "--gemma", str(gemma), *ARGUMENTS])
+    common = ["--data", "runs/all", "--teacher", str(folder), "--batch", "4", "--steps", "2", "--device", "cpu"]
+    train_fm.main([*common, "--gemma", str(gemma), "--out", "runs/g1", "--checkpointing", "--accumulate", "2"])
+    distill.main([*common, "--init", "runs/g1", "--out", "runs/g2", "--checkpointing", "--accumulate", "2"])
+    step_distill.main([*common, "--init", "runs/g2", "--out", "runs/g3", "--checkpointing", "--accumulate", "2"])
+    sample.main(["a photo of a red circle", "--model", "runs/g3", "--out", "runs/g3.png", "--device", "cpu"])
+    assert Image.open("runs/g3.png").size == (64, 64)
+    # T5's states for a batch are those that Teacher computes once and for all when the captions fit in memory
+    encoders = FrozenEncoders(folder, gemma=gemma)
+    streamed, _ = shards.open_shards("runs/all", encoders)
+    x_t, t, _, ids = train_fm.noisy_batch(streamed, 0, 0, 4, 1.0, 0.1)
+    captions = streamed.captions_of(ids.amax(1))
+    text = distill.encode_prompts(captions, encoders)
+    known = torch.tensor([text.captions.index(caption) for caption in captions])
+    with torch.no_grad():
+        a = Teacher(folder, streamed)(x_t, t, ids)[0]
+        b = Teacher(folder, text)(x_t, t, known)[0]
+    assert torch.allclose(a, b, atol=1e-2) and not torch.allclose(a[:1], a[1:2], atol=0.1)
+
+
+def test_accumulation_and_checkpointing_change_nothing(home):
+    """Four parts with recomputed activations give the weights of one part."""
+    common = ["--pictures", "64", "--batch", "8", "--steps", "2", "--device", "cpu", "--lr", "1e-2"]
+    for stage in (train_fm, distill):
+        stage.main([*common, "--init", "assets/zoo/fm", "--out", "runs/plain"])
+        stage.main([*common, "--init", "assets/zoo/fm", "--out", "runs/parts", "--accumulate", "4", "--checkpointing"])
+        plain, parts = (
+            safetensors.torch.load_file(home / "runs" / n / "train_state/state.safetensors") for n in ("plain", "parts")
+        )
+        means = [name for name in plain if name.endswith("exp_avg") and plain[name].norm() > 1e-6]
+        assert len(means) > 100
+        assert all((plain[n] - parts[n]).norm() < 0.01 * plain[n].norm() for n in means)
+        shutil.rmtree(home / "runs/plain"), shutil.rmtree(home / "runs/parts")
+
+
+def test_bad_input_ends_in_one_sentence(home, encoded, imagenet, tars, tmp_path, gemma):
+    encoders = FrozenEncoders()
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "000.tar").write_bytes((tars / "000.tar").read_bytes()[:20_000])
+    nameless = shutil.copytree(imagenet, tmp_path / "nameless")
+    (nameless / "LOC_synset_mapping.txt").unlink()
+    shutil.copytree(imagenet, tmp_path / "unknown")
+    (tmp_path / "unknown" / "LOC_synset_mapping.txt").write_text("n01440764 tench\n")
+    for source, words in (
+        ("nowhere", "no such folder"),
+        ("nowhere/{00..03}.tar", "4 of 4 shards are not there"),
+        (str(cut), "000.tar is damaged"),
+        (str(nameless), "not their names: put LOC_synset_mapping.txt"),
+        (str(tmp_path / "unknown"), "no name for 1 classes, such as n01443537"),
+        (str(imagenet), "no picture was left"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            data.main(
+                [
+                    "encode",
+                    source,
+                    "--out",
+                    str(tmp_path / "out"),
+                    *ARGUMENTS,
+                    *(["--min-side", "500"] if "left" in words else []),
+                ]
+            )
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    common = ["--batch", "4", "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "run")]
+    damaged = shutil.copytree(encoded, tmp_path / "damaged")
+    whole = (damaged / "00001.safetensors").read_bytes()
+    (damaged / "00001.safetensors").write_bytes(b"\xff" * len(whole))
+    short = shutil.copytree(encoded, tmp_path / "short")
+    (short / "00002.safetensors").write_bytes(whole[:100])
+    for arguments, words in (
+        (["--data", str(damaged)], "00001.safetensors is damaged"),
+        (["--data", str(short)], "00002.safetensors is missing or of another size"),
+        (["--data", str(encoded), "--resolution", "128"], "are of 64 pixels: give --resolution 64"),
+        (["--data", str(encoded), "--gemma", str(gemma)], "was encoded without Gemma"),
+        (["--data", str(encoded), "--gemma", "nowhere"], "is no Gemma folder"),
+        (["--data", str(imagenet)], "data.py encode"),
+        (["--data", str(tars)], "data.py encode"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            train_fm.main([*common, *arguments])
+    other = shutil.copytree(ROOT / "assets/toy-sd3", tmp_path / "toy-sd3")
+    (other / "text_encoder" / "config.json").write_text((other / "text_encoder" / "config.json").read_text() + " ")
+    with pytest.raises(SystemExit, match="encoded by other encoders"):
+        train_fm.main([*common, "--data", str(encoded), "--teacher", str(other)])
+    assert encoders.gemma is None
