@@ -25,6 +25,7 @@ L^t is the loss of each picture at its own t; the features compared, the shape o
 """
 
 import argparse
+import collections
 import copy
 import json
 import math
@@ -38,6 +39,7 @@ from torch import nn
 from tqdm import tqdm
 
 import flow
+import parallel
 from checkpoint import (
     HelpFormatter,
     Log,
@@ -52,7 +54,7 @@ from checkpoint import (
     save_network,
     save_state,
 )
-from data import Latents, captioned_grid, rng, to_pictures
+from data import Latents, ahead, captioned_grid, rng, to_pictures
 from encoders import FrozenEncoders
 from evaluate import prompts_of, score
 from model import PRESETS, UNet
@@ -104,14 +106,14 @@ def scaled(task, other, t):
     return a * task + (1 - a) * ratio * other
 
 
-def combine(losses, t, weighting, linear_weights):
+def combine(losses, t, weighting, fixed):
     """The training loss from {"task": (B,), "out": (B,), "feat": (B,)}; the teacher's two may be missing."""
     task, teachers = losses["task"], [name for name in ("out", "feat") if name in losses]
     if not teachers:
         return task.mean()
     if weighting == "scaled":  # L = S(L_task, L_kd) + S(L_task, L_feat)
         return sum(scaled(task, losses[name], t) for name in teachers).mean()
-    return (task + sum(linear_weights[name] * losses[name] for name in teachers)).mean()
+    return (task + sum(fixed[name] * losses[name] for name in teachers)).mean()
 
 
 class Projector(nn.Module):
@@ -138,15 +140,18 @@ class Projector(nn.Module):
 # Training
 
 
-def start_from(args, encoders, device):
-    """(student to train, its EMA, its config) from the folder --init of an earlier stage."""
+def start_from(args, device):
+    """(student to train, its EMA, its config, its encoders) from the folder --init of an earlier stage."""
     student, config = load_student(args.init)
+    half = torch.bfloat16 if device.type == "cuda" and args.size != "tiny" else torch.float32
+    encoders = FrozenEncoders(args.teacher, device, half, gemma=config.get("gemma"))
     check_encoders(config, encoders)
     if student.cfg != PRESETS[args.size]:
         raise SystemExit(f"{args.init} is not of --size {args.size}: give the size it was trained with.")
     model = UNet(student.cfg).to(device, memory_format=torch.channels_last)
     load_weights(model, student.state_dict(), args.init)
-    return model, copy.deepcopy(model).requires_grad_(False).eval(), config
+    model.checkpointing = args.checkpointing
+    return model, copy.deepcopy(model).requires_grad_(False).eval(), config, encoders
 
 
 def train(args, out):
@@ -159,11 +164,12 @@ def train(args, out):
     with_teacher, with_features = "out" in args.losses, "feat" in args.losses
 
     # data and student, as in stage 1
-    encoders = FrozenEncoders(args.teacher, device)
+    main_rank, rows = parallel.rank() == 0, parallel.rows(args.batch, args.accumulate)
+    model, ema, student_config, encoders = start_from(args, device)
     data, val, pictures_name = open_data(args, encoders)
-    model, ema, student_config = start_from(args, encoders, device)
-    prompts = PROMPTS if not args.data else [data.captions[data.caption_ids[i * len(data) // 8]] for i in range(8)]
-    shift, caption_dropout, sampling = student_config["sampling"]["shift"], 0.1, student_config["sampling"]
+    prompts = PROMPTS if not args.data else [data.caption_of(i * len(data) // 8) for i in range(8)]
+    shift = student_config["sampling"]["shift"] if args.size == "tiny" else flow.resolution_shift(args.resolution)
+    caption_dropout, sampling = 0.1, {**student_config["sampling"], "shift": shift}
 
     # the teacher, and phi between its feature and the student's
     teacher = Teacher(args.teacher, data, device, half, layers=(args.teacher_layer,)) if with_teacher else None
@@ -183,10 +189,11 @@ def train(args, out):
         phi = Projector(ours.shape[1], ours.shape[2], theirs.shape[1], theirs.shape[2]).to(device)
     parameters = [*model.parameters(), *phi.parameters()]
     optimizers = make_optimizers(nn.ModuleList([model, phi]), args.lr, args.optimizer)
-    forward = torch.compile(model) if args.compile else model
+    forward = parallel.wrap(torch.compile(model) if args.compile else model, device)
     for block in teacher.net.transformer_blocks if args.compile and with_teacher else ():
         block.compile()
 
+    fixed = {"out": args.out_weight, "feat": args.feat_weight}
     names = "size init data resolution steps batch lr optimizer seed losses weighting out_weight feat_weight"
     names += " teacher_guidance student_layer teacher_layer"
     settings = {name: getattr(args, name) for name in names.split()}
@@ -198,39 +205,55 @@ def train(args, out):
     start_step = load_state(out, settings, optimizers, **networks) if args.resume else 0
     log = Log(out / "log.csv", start_step)
     config = {
-        **student_config, "stage": "distill", "latent_size": list(data.latents.shape[2:]), "encoders": args.teacher,
-        "settings": settings, "machine": describe_machine(device),
+        **student_config, "stage": "distill", "latent_size": list(data.shape[1:]), "encoders": args.teacher,
+        "sampling": sampling, "settings": settings, "machine": describe_machine(device),
     }  # fmt: skip
-    print(
-        f"{args.size}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {args.losses} "
-        f"({args.weighting}), {len(data)} pictures, {config['machine']}, seed {args.seed}, steps {start_step} to {args.steps}"
-    )
+    if main_rank:
+        print(f"{args.size}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {args.losses} "
+              f"({args.weighting}), {len(data)} pictures, {config['machine']}, seed {args.seed}, "
+              f"steps {start_step} to {args.steps}")  # fmt: skip
 
-    bar = tqdm(range(start_step, args.steps), initial=start_step, total=args.steps, desc="stage 2", mininterval=1)
-    bins, seen_values, begin = torch.zeros(len(LEVELS) + 1, BINS), {}, time.time()
-    for step in bar:
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = learning_rate(step, args.steps, args.lr)
-
-        x_t, t, v, ids = noisy_batch(data, args.seed, step, args.batch, shift, caption_dropout)
+    def losses_of(x_t, t, v, ids):
+        """({"task": (b,) [, "out", "feat"]}, the cosine between both velocities): the three levels of a batch or a part of it."""
+        seen.clear()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             predicted = predict(forward, model.cfg, data, x_t, t, ids, device)
-            projected = phi(seen.pop()) if with_features else None
-        predicted, v, on_device = predicted.float(), v.to(device), t.to(device)
-        losses = {"task": (predicted - v).square().mean((1, 2, 3))}  # (B,)   || v_theta - v ||^2
-        values = {}
+            projected = phi(seen[0]) if with_features else None
+        predicted, v, cosine = predicted.float(), v.to(device), None
+        losses = {"task": (predicted - v).square().mean((1, 2, 3))}  # || v_theta - v ||^2
         if with_teacher:
             with torch.no_grad():
                 v_teacher, features = teacher(x_t, t, ids, args.teacher_guidance)
-            losses["out"] = (predicted - v_teacher).square().mean((1, 2, 3))  # (B,)   || v_T - v_theta ||^2
-            values["cosine"] = F.cosine_similarity(predicted.flatten(1), v_teacher.flatten(1)).mean()
+            losses["out"] = (predicted - v_teacher).square().mean((1, 2, 3))  # || v_T - v_theta ||^2
+            cosine = F.cosine_similarity(predicted.flatten(1), v_teacher.flatten(1)).mean()
         if with_features:
-            losses["feat"] = (
-                (projected.float() - features[0]).square().mean((1, 2, 3))
-            )  # (B,)   || f_T - phi(f_theta) ||^2
-        loss = combine(losses, on_device, args.weighting, {"out": args.out_weight, "feat": args.feat_weight})
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+            losses["feat"] = (projected.float() - features[0]).square().mean((1, 2, 3))  # || f_T - phi(f_theta) ||^2
+        return losses, cosine
+
+    batches = ahead(
+        lambda step: noisy_batch(data, args.seed, step, args.batch, shift, caption_dropout, rows),
+        range(start_step, args.steps), device,
+    )  # fmt: skip
+    bar = tqdm(batches, initial=start_step, total=args.steps, desc="stage 2", mininterval=1, disable=not main_rank)
+    bins, seen_values, begin = torch.zeros(len(LEVELS) + 1, BINS), {}, time.time()
+    for step, (x_t, t, v, ids) in enumerate(bar, start_step):
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = learning_rate(step, args.steps, args.lr)
+
+        values, all_losses = collections.defaultdict(float), []
+        for part in torch.arange(len(t)).chunk(args.accumulate):  # one part, unless memory is short
+            with parallel.averaging(forward, now=part[-1] == len(t) - 1):
+                losses, cosine = losses_of(x_t[part], t[part], v[part], ids[part])
+                loss = combine(losses, t[part].to(device), args.weighting, fixed)
+                (loss / args.accumulate).backward()
+            all_losses.append({name: value.detach() for name, value in losses.items()})
+            values["loss"] += loss.detach() / args.accumulate
+            if with_teacher:
+                values["cosine"] += cosine.detach() / args.accumulate
+        losses = {name: torch.cat([part[name] for part in all_losses]) for name in all_losses[0]}
+        if with_features:
+            parallel.average_gradients(phi)
+        grad_norm = values["grad_norm"] = nn.utils.clip_grad_norm_(parameters, 1.0)
         if not torch.isfinite(grad_norm):
             stop_on_nan(step, out, args.lr)
         for optimizer in optimizers:
@@ -239,35 +262,42 @@ def train(args, out):
         update_ema(ema, model, step)
 
         # What was measured: each loss by itself and by time, the ratios of S, the agreement with the teacher.
-        values |= {"loss": loss, "grad_norm": grad_norm} | {
-            f"loss_{name}": values.mean() for name, values in losses.items()
-        }
+        values |= {f"loss_{name}": values.mean() for name, values in losses.items()}
         values |= {f"ratio_{n}": (losses["task"] / losses[n]).mean() for n in ("out", "feat") if n in losses}
         for name, value in values.items():
-            seen_values.setdefault(name, []).append(value.item())
+            seen_values.setdefault(name, []).append(float(value))
         which = (t * BINS).long().clamp(max=BINS - 1)
         bins[-1].index_add_(0, which, torch.ones_like(t))
         for i, name in enumerate(LEVELS):
             if name in losses:
-                bins[i].index_add_(0, which, losses[name].detach().cpu())
+                bins[i].index_add_(0, which, losses[name].cpu())
         save = (step + 1) % args.save_every == 0 or step + 1 == args.steps
-        if save or (step + 1) % 50 == 0:
-            mean = {name: float(np.mean(seen_values.get(name, math.nan))) for name in COLUMNS}
+        if not (save or (step + 1) % 50 == 0):
+            continue
+        bins = parallel.total(bins)
+        mean = (
+            parallel.total(torch.tensor([np.mean(seen_values.get(name, math.nan)) for name in COLUMNS]))
+            / parallel.world()
+        )
+        if main_rank:
+            mean = dict(zip(COLUMNS, mean.tolist(), strict=True))
             for i, name in enumerate(LEVELS):
                 by_time = bins[i] / bins[-1] if name in losses else torch.full((BINS,), math.nan)
                 mean |= {f"{name}_t{b / BINS:.1f}": by_time[b].item() for b in range(BINS)}
-            bins.zero_()
-            seen_values = {}
             val_loss = validate(ema, val, shift, device) if save else math.nan
             log.add(step=step + 1, pictures=(step + 1) * args.batch, **mean, val_loss=val_loss, lr=group["lr"],
                     pictures_per_second=(step + 1 - start_step) * args.batch / (time.time() - begin))  # fmt: skip
             bar.set_postfix({name: f"{mean[f'loss_{name}']:.3f}" for name in losses}, refresh=False)
-        if save:
-            draw_samples(out, step + 1, ema, encoders, prompts, data.latents.shape[1:], sampling, args.seed)
+        bins.zero_()
+        seen_values = {}
+        if save and main_rank:
+            draw_samples(out, step + 1, ema, encoders, prompts, data.shape, sampling, args.seed)
             plot(log, out / "loss.png")
             save_network(out, ema, {**config, "step": step + 1, "pictures_seen": (step + 1) * args.batch})
             save_state(out, step + 1, settings, optimizers, **networks)
-    print(f"{out}: model.safetensors, config.json, log.csv, loss.png, samples/progress.png")
+    parallel.wait()
+    if main_rank:
+        print(f"{out}: model.safetensors, config.json, log.csv, loss.png, samples/progress.png")
 
 
 COLUMNS = ("loss", "loss_task", "loss_out", "loss_feat", "ratio_out", "ratio_feat", "cosine", "grad_norm")
@@ -311,15 +341,15 @@ def plot_scaling(args):
     """scaling.png: a_t, and a student's L_task and L_kd over t, raw and as S weighs them (the paper's Fig. 6 in small)."""
     device = pick_device(args.device)
     model, config = load_student(args.plot_scaling, device)
-    encoders = FrozenEncoders(args.teacher, device)
+    encoders = FrozenEncoders(args.teacher, device, gemma=config.get("gemma"))
     check_encoders(config, encoders)
     _, val, _ = open_data(args, encoders)
     teacher = Teacher(args.teacher, val, device)
     times, rows = torch.linspace(0.025, 0.975, 20), []
     for i, t in enumerate(tqdm(times, desc="measuring")):
         g = rng(args.seed, i)
-        index = torch.arange(min(64, len(val)))
-        x0, ids, t = val.latents[index].float(), val.caption_ids[index], t.expand(len(index))
+        x0, ids = val.pictures(torch.arange(min(64, len(val))))
+        t = t.expand(len(x0))
         eps = torch.randn(x0.shape, generator=g)
         x_t, v = flow.interpolate(x0, eps, t), flow.velocity(x0, eps).to(device)
         predicted = predict(model, model.cfg, val, x_t, t, ids, device)
@@ -354,7 +384,7 @@ def compare(args):
     """compare.png: the teacher and the students of --compare, each column from the same noise and prompt."""
     device = pick_device(args.device)
     students = [load_student(folder, device) for folder in args.compare]
-    encoders = FrozenEncoders(args.teacher, device)
+    encoders = FrozenEncoders(args.teacher, device, gemma=students[0][1].get("gemma"))
     for _, config in students:
         check_encoders(config, encoders)
     prompts = [prompt for prompt in prompts_of("val", 2, args.seed) for _ in range(2)]
@@ -455,12 +485,16 @@ def parse_arguments(argv=None):
         "--teacher-layer", type=int, default=-1, help="joint block whose picture tokens are f_T; -1 is the last"
     )
     # data
-    p.add_argument("--data", metavar="DIR", help="folder of pictures with captions; without it, the shapes world")
+    p.add_argument(
+        "--data", metavar="DIR", help="pictures with captions, or shards of `data.py encode`; default: the shapes world"
+    )
     p.add_argument("--pictures", type=int, default=20_000, help="how many different shapes-world pictures to train on")
     p.add_argument("--resolution", type=int, help="side in pixels for --data; default: 64, 256 or 1024 by --size")
     # optimisation
     p.add_argument("--steps", type=int, default=2500, help="training steps")
-    p.add_argument("--batch", type=int, default=64, help="pictures a step")
+    p.add_argument("--batch", type=int, default=64, help="pictures a step, of all GPUs together")
+    p.add_argument("--accumulate", type=int, default=1, help="parts in which each GPU takes its share, to save memory")
+    p.add_argument("--checkpointing", action="store_true", help="compute activations twice, to save memory")
     p.add_argument("--lr", type=float, default=5e-4, help="learning rate after the warm-up")
     p.add_argument(
         "--optimizer", choices=("adamw", "muon"), help="default: muon for --size tiny, adamw for the paper's"
@@ -477,7 +511,7 @@ def parse_arguments(argv=None):
         "--compile", action="store_true", help="torch.compile student and teacher: minutes to start, then faster"
     )
     args = p.parse_args(argv)
-    for name in ("steps", "batch", "pictures", "save_every", "seeds", "per_family"):
+    for name in ("steps", "batch", "accumulate", "pictures", "save_every", "seeds", "per_family"):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
     args.optimizer = args.optimizer or ("muon" if args.size == "tiny" else "adamw")
@@ -499,4 +533,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    parallel.launch(main)

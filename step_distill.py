@@ -31,6 +31,7 @@ the README. [A] besides: the judge's noise level is logit-normal and not shifted
 """
 
 import argparse
+import collections
 import copy
 import json
 import math
@@ -44,6 +45,7 @@ from torch import nn
 from tqdm import tqdm
 
 import flow
+import parallel
 from checkpoint import (
     HelpFormatter,
     Log,
@@ -161,8 +163,8 @@ def distillation_loss(task, kd, t, own):
     task, kd, t (B,), own (B,) bool -> (B,). At the shifted start times of 4 steps, t = 1, 0.9, 0.75, 0.5, a_t is 0, 0.25, 0.73, 1:
     at the last one real points learn from the data alone, and the target reaches the student through own points and the judge.
     """
-    real = ~own
-    ratio = (task[real].mean() / kd[real].mean().clamp(min=1e-12)).detach() if real.any() else 1.0
+    of_real = parallel.total(torch.stack([task[~own].sum(), kd[~own].sum()]).detach())  # of all GPUs
+    ratio = of_real[0] / of_real[1] if of_real[1] > 0 else 1.0
     return torch.where(own, ratio * kd, scaled(task, kd, t))
 
 
@@ -170,18 +172,20 @@ def distillation_loss(task, kd, t, own):
 # Training
 
 
-def starting_points(model, data, args, times, step, device):
-    """What the student is asked about in one step, from (seed, step) and its weights: x0, eps, x_t, t, ids, own (B rows each).
+def starting_points(model, data, args, times, step, device, rows=slice(None)):
+    """What the student is asked about in one step, from (seed, step) and its weights: x0, eps, x_t, t, ids, own (B rows each;
+    with `rows`, those of one GPU).
 
     Half of the rows below t = 1 (--own) are not noised real latents but points of the student's own way from noise: when it
     draws, its second step starts where its first one led, not on the straight line to a real picture. No x_0 lies behind them,
     so L_task leaves them out. At t = 1 there is nothing to choose: x_t is noise, and any x_0 may lie behind it.
     """
-    x0, ids = data.batch(args.seed, step, args.batch)
+    x0, ids = data.batch(args.seed, step, args.batch, rows)
     g = rng(args.seed, step, 3)
-    eps = torch.randn(x0.shape, generator=g)
+    eps = torch.randn((args.batch, *data.shape), generator=g)[rows]
     which = torch.randint(len(times), (args.batch,), generator=g)
-    own = (torch.rand(args.batch, generator=g) < args.own) & (which > 0)
+    own = ((torch.rand(args.batch, generator=g) < args.own) & (which > 0))[rows]
+    which = which[rows]
     t = times[which]
     x_t = flow.interpolate(x0, eps, t)
     x = eps[own]
@@ -211,12 +215,12 @@ def train(args, out):
     torch.manual_seed(args.seed)
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
     adversarial, distilling = "adv" in args.losses, "kd" in args.losses
+    main_rank, rows = parallel.rank() == 0, parallel.rows(args.batch, args.accumulate)
 
-    encoders = FrozenEncoders(args.teacher, device)
+    model, ema, student_config, encoders = start_from(args, device)
     data, _, pictures_name = open_data(args, encoders)
-    model, ema, student_config = start_from(args, encoders, device)
-    prompts = PROMPTS if not args.data else [data.captions[data.caption_ids[i * len(data) // 8]] for i in range(8)]
-    shift = student_config["sampling"]["shift"]
+    prompts = PROMPTS if not args.data else [data.caption_of(i * len(data) // 8) for i in range(8)]
+    shift = student_config["sampling"]["shift"] if args.size == "tiny" else flow.resolution_shift(args.resolution)
     times = flow.sampling_timesteps(args.for_steps, shift)[:-1]  # t in {1, 0.75, 0.5, 0.25} before the shift [A]
     sampling = {
         "steps": args.for_steps,
@@ -239,66 +243,84 @@ def train(args, out):
     settings |= {"pictures": pictures_name, "teacher": encoders.fingerprint(*encoders.parts, "transformer")}
     settings |= {"turbo_weights": hash_folders([Path(args.turbo) / "transformer"])} if args.turbo else {}
     networks = {"model": model, "ema": ema, "heads": judge}
+    forward = parallel.wrap(model, device)
     start_step = load_state(out, settings, optimizers, **networks) if args.resume else 0
     log = Log(out / "log.csv", start_step)
     config = {
-        **student_config, "stage": "step_distill", "latent_size": list(data.latents.shape[2:]), "encoders": args.teacher,
+        **student_config, "stage": "step_distill", "latent_size": list(data.shape[1:]), "encoders": args.teacher,
         "sampling": sampling, "settings": settings, "machine": describe_machine(device),
     }  # fmt: skip
-    print(f"{args.size}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {args.losses} for {args.for_steps} "
-          f"steps, {len(data)} pictures, {config['machine']}, seed {args.seed}, steps {start_step} to {args.steps}")  # fmt: skip
+    if main_rank:
+        print(f"{args.size}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {args.losses} for "
+              f"{args.for_steps} steps, {len(data)} pictures, {config['machine']}, seed {args.seed}, "
+              f"steps {start_step} to {args.steps}")  # fmt: skip
 
-    bar = tqdm(range(start_step, args.steps), initial=start_step, total=args.steps, desc="stage 3", mininterval=1)
+    def velocity_of(net, part):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            return predict(net, model.cfg, data, x_t[part], t[part], ids[part], device).float()
+
+    def judged(latents, part):
+        """Latents noised again to the part's levels. Real and predicted ones get the same noise: nothing else tells them apart."""
+        return flow.interpolate(latents, noise[part].to(device), level[part].to(device)), level[part], ids[part]
+
+    bar = tqdm(range(start_step, args.steps), initial=start_step, total=args.steps, desc="stage 3", mininterval=1,
+               disable=not main_rank)  # fmt: skip
     seen, answers, begin = {}, {}, time.time()
     for step in bar:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 peak = args.heads_lr if optimizer is of_heads else args.lr
                 group["lr"] = learning_rate(step, args.steps, peak, warmup=50)
-        values = {}
-        x0, eps, x_t, t, ids, own = starting_points(model, data, args, times, step, device)
-        x0, eps, x_t, on_device = (tensor.to(device) for tensor in (x0, eps, x_t, t))
-
-        # The student's one step from x_t to a picture. This graph is the only one that reaches the student's weights.
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            v = predict(model, model.cfg, data, x_t, t, ids, device)
-        v = v.float()
-        predicted = flow.x0_from_velocity(x_t, v, on_device)
+        values, predictions = collections.defaultdict(float), []
+        x0, eps, x_t, t, ids, own = starting_points(model, data, args, times, step, device, rows)
         g = rng(args.seed, step, 4)
-        level = flow.logit_normal_timesteps(args.batch, generator=g)  # how noisy the judge sees them, anew every step
-        noise = torch.randn(x0.shape, generator=g).to(device)
+        level = flow.logit_normal_timesteps(args.batch, generator=g)[
+            rows
+        ]  # how noisy the judge sees them, anew every step
+        noise = torch.randn((args.batch, *data.shape), generator=g)[rows]
+        parts = torch.arange(len(t)).chunk(args.accumulate)  # one part, unless memory is short
 
-        # First the judge. `predicted` is detached: nothing here may reach the student. The teacher's weights are frozen, and
-        # on this side not even its activations need a gradient: the heads are all that learns.
-        if adversarial:  # the same noise and level for both sides, so that nothing but the latents tells them apart
+        # First the judge, D. The student's pictures come without a graph: nothing here may reach the student. The teacher's
+        # weights are frozen, and on this side not even its activations need a gradient: the heads are all that learns.
+        for part in parts if adversarial else ():
             with torch.no_grad():
-                real = judge.features(flow.interpolate(x0, noise, level.to(device)), level, ids)
-                fake = judge.features(flow.interpolate(predicted.detach(), noise, level.to(device)), level, ids)
+                v = velocity_of(model, part)
+                predicted = flow.x0_from_velocity(x_t[part].to(device), v, t[part].to(device))
+                real = judge.features(*judged(x0[part].to(device), part))
+                fake = judge.features(*judged(predicted, part))
             penalty, on_real = gradient_penalty(judge, real)
             on_fake = judge.answers(fake)
             judge_loss = hinge(on_real, on_fake)
-            (judge_loss + args.penalty * penalty).backward()
-            values |= {"loss_d": judge_loss, "penalty": penalty, "d_real": on_real.mean(), "d_fake": on_fake.mean()}
+            ((judge_loss + args.penalty * penalty) / len(parts)).backward()
+            answers = {"real": on_real.detach().flatten().cpu(), "fake": on_fake.detach().flatten().cpu()}
+            for name, value in (("loss_d", judge_loss), ("penalty", penalty), ("d_real", on_real), ("d_fake", on_fake)):
+                values[name] += value.detach().mean() / len(parts)
+        if adversarial:
+            parallel.average_gradients(judge)
             values["grad_norm_d"] = nn.utils.clip_grad_norm_(judge.parameters(), 10.0)
             of_heads.step()
-            answers = {"real": on_real.detach().flatten().cpu(), "fake": on_fake.detach().flatten().cpu()}
 
-        # Then the student, against the judge as it is now. The gradient runs from the heads through the frozen teacher into
-        # `predicted`; what it leaves in the heads on the way is dropped below.
-        loss = 0.0
-        if distilling:
-            v_teacher = target_velocity(teacher, turbo, x_t, t, ids, args, shift)
-            kd = (v - v_teacher).square().mean((1, 2, 3))  # (B,)   || v_T - v_theta ||^2
-            task = (v - flow.velocity(x0, eps)).square().mean((1, 2, 3))  # (B,)   of real points only
-            loss = distillation_loss(task, kd, on_device, own.to(device)).mean()
-            values["loss_kd"] = kd.mean()
-            if not own.all():
-                values["loss_task"] = task[~own.to(device)].mean()
-        if adversarial:  # no hinge here: the student may please the judge as much as it can
-            fooling = -judge(flow.interpolate(predicted, noise, level.to(device)), level, ids).mean()
-            loss = loss + args.adv_weight * fooling
-            values["loss_adv"] = fooling
-        loss.backward()
+        # Then the student, G, against the judge as it is now. The gradient runs from the heads through the frozen teacher into
+        # the student's picture x0' and on into its weights; what it leaves in the heads on the way is dropped below.
+        for part in parts:
+            with parallel.averaging(forward, now=part is parts[-1]):
+                v, x, t_part = velocity_of(forward, part), x_t[part].to(device), t[part].to(device)
+                predicted, loss = flow.x0_from_velocity(x, v, t_part), 0.0
+                if distilling:
+                    v_teacher = target_velocity(teacher, turbo, x, t[part], ids[part], args, shift)
+                    kd = (v - v_teacher).square().mean((1, 2, 3))  # (b,)   || v_T - v_theta ||^2
+                    data_velocity = flow.velocity(x0[part], eps[part]).to(device)
+                    task = (v - data_velocity).square().mean((1, 2, 3))  # (b,)   of real points only
+                    loss = distillation_loss(task, kd, t_part, own[part].to(device)).mean()
+                    values["loss_kd"] += kd.detach().mean() / len(parts)
+                    if not own[part].all():
+                        values["loss_task"] += task[~own[part].to(device)].detach().mean() / len(parts)
+                if adversarial:  # no hinge here: the student may please the judge as much as it can
+                    fooling = -judge(*judged(predicted, part)).mean()
+                    loss = loss + args.adv_weight * fooling
+                    values["loss_adv"] += fooling.detach() / len(parts)
+                (loss / len(parts)).backward()
+            predictions.append(predicted.detach())
         values["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if not all(torch.isfinite(values[name]) for name in ("grad_norm", "grad_norm_d") if name in values):
             stop_on_nan(step, out, f"{args.lr} (or --heads-lr {args.heads_lr})")
@@ -309,29 +331,33 @@ def train(args, out):
         update_ema(ema, model, step, longest=0.995)
 
         # Collapse alarm: of every channel, the deviation of the predicted latents beside the real ones', and the means' gap.
-        ratio = predicted.detach().std((0, 2, 3)) / x0.std((0, 2, 3))  # (C,)
-        gap = (predicted.detach().mean((0, 2, 3)) - x0.mean((0, 2, 3))).abs()  # (C,)
+        predicted, x0 = torch.cat(predictions), x0.to(device)
+        ratio = predicted.std((0, 2, 3)) / x0.std((0, 2, 3))  # (C,)
+        gap = (predicted.mean((0, 2, 3)) - x0.mean((0, 2, 3))).abs()  # (C,)
         values |= {"std_ratio_low": ratio.min(), "std_ratio_high": ratio.max(), "mean_gap": gap.max()}
         for name, value in values.items():
-            seen.setdefault(name, []).append(value.item())
+            seen.setdefault(name, []).append(float(value))
         save = (step + 1) % args.save_every == 0 or step + 1 == args.steps
         if save or (step + 1) % 25 == 0:
-            mean = {name: float(np.mean(seen.get(name, [math.nan]))) for name in COLUMNS}
+            mean = torch.tensor([np.mean(seen.get(name, [math.nan])) for name in COLUMNS])
+            mean = dict(zip(COLUMNS, (parallel.total(mean) / parallel.world()).tolist(), strict=True))
             seen = {}
             scores = {f"score_{n}": math.nan for n in (1, 2, 4, 8)}
-            if save and args.watch and not args.data:
+            if save and main_rank and args.watch and not args.data:
                 scores = few_step_scores(ema, config, encoders, args.watch)
-            log.add(step=step + 1, pictures=(step + 1) * args.batch, **mean, **scores, lr=of_student[0].param_groups[0]["lr"],
-                    pictures_per_second=(step + 1 - start_step) * args.batch / (time.time() - begin))  # fmt: skip
-            bar.set_postfix(
-                real=f"{mean['d_real']:.2f}", fake=f"{mean['d_fake']:.2f}", kd=f"{mean['loss_kd']:.3f}", refresh=False
-            )
-        if save:
-            draw_samples(out, step + 1, ema, encoders, prompts, data.latents.shape[1:], sampling, args.seed)
+            if main_rank:
+                log.add(step=step + 1, pictures=(step + 1) * args.batch, **mean, **scores, lr=of_student[0].param_groups[0]["lr"],
+                        pictures_per_second=(step + 1 - start_step) * args.batch / (time.time() - begin))  # fmt: skip
+                bar.set_postfix(real=f"{mean['d_real']:.2f}", fake=f"{mean['d_fake']:.2f}", kd=f"{mean['loss_kd']:.3f}",
+                                refresh=False)  # fmt: skip
+        if save and main_rank:
+            draw_samples(out, step + 1, ema, encoders, prompts, data.shape, sampling, args.seed)
             plot(log, answers, out / "gan.png")
             save_network(out, ema, {**config, "step": step + 1, "pictures_seen": (step + 1) * args.batch})
             save_state(out, step + 1, settings, optimizers, **networks)
-    print(f"{out}: model.safetensors, config.json, log.csv, gan.png, samples/progress.png")
+    parallel.wait()
+    if main_rank:
+        print(f"{out}: model.safetensors, config.json, log.csv, gan.png, samples/progress.png")
 
 
 COLUMNS = ("loss_task", "loss_kd", "loss_adv", "loss_d", "penalty", "d_real", "d_fake", "grad_norm", "grad_norm_d",
@@ -392,7 +418,7 @@ def compare(args):
     device = pick_device(args.device)
     before, before_config = load_student(args.before, device)
     ours, config = load_student(args.compare, device)
-    encoders = FrozenEncoders(args.teacher, device)
+    encoders = FrozenEncoders(args.teacher, device, gemma=config.get("gemma"))
     check_encoders(config, encoders), check_encoders(before_config, encoders)
     prompts = prompts_of("val", 2, args.seed)
     seeds = [args.seed + i for i in range(len(prompts))]
@@ -499,12 +525,16 @@ def parse_arguments(argv=None):
         "--own", type=float, default=0.5, help="share of training points on the student's own way from noise"
     )
     # data
-    p.add_argument("--data", metavar="DIR", help="folder of pictures with captions; without it, the shapes world")
+    p.add_argument(
+        "--data", metavar="DIR", help="pictures with captions, or shards of `data.py encode`; default: the shapes world"
+    )
     p.add_argument("--pictures", type=int, default=20_000, help="how many different shapes-world pictures to train on")
     p.add_argument("--resolution", type=int, help="side in pixels for --data; default: 64, 256 or 1024 by --size")
     # optimisation
     p.add_argument("--steps", type=int, default=1500, help="training steps")
-    p.add_argument("--batch", type=int, default=64, help="pictures a step")
+    p.add_argument("--batch", type=int, default=64, help="pictures a step, of all GPUs together")
+    p.add_argument("--accumulate", type=int, default=1, help="parts in which each GPU takes its share, to save memory")
+    p.add_argument("--checkpointing", action="store_true", help="compute activations twice, to save memory")
     p.add_argument("--lr", type=float, default=3e-4, help="the student's learning rate after the warm-up")
     p.add_argument(
         "--optimizer", choices=("adamw", "muon"), help="default: muon for --size tiny, adamw for the paper's"
@@ -522,7 +552,17 @@ def parse_arguments(argv=None):
     )
     p.add_argument("--device", help="cuda, mps or cpu; chosen by itself if not given")
     args = p.parse_args(argv)
-    for name in ("steps", "batch", "pictures", "save_every", "seeds", "per_family", "for_steps", "solver_steps"):
+    for name in (
+        "steps",
+        "batch",
+        "accumulate",
+        "pictures",
+        "save_every",
+        "seeds",
+        "per_family",
+        "for_steps",
+        "solver_steps",
+    ):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
     if not 0 <= args.own <= 1:
@@ -544,4 +584,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    parallel.launch(main)

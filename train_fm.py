@@ -6,13 +6,15 @@ Timesteps come from a logit-normal, shifted towards noise; one caption in ten is
     python train_fm.py                                  # class scale: shapes world, tiny UNet, 15 minutes on 2 cores
     python train_fm.py --data DIR --out runs/mine       # your own pictures with captions
     python train_fm.py --size t2i --teacher stable-diffusion-3.5-large --data DIR --lr 1e-4     # the paper's 379 M UNet
+    torchrun --nproc_per_node 8 train_fm.py --size t2i --batch 1024 ...     # on 8 GPUs (parallel.py); recipes/ has whole commands
 
 Writes runs/fm: model.safetensors (EMA weights) and config.json for sample.py and evaluate.py, train_state/ for --resume,
 log.csv, loss.png, samples/. Every random number comes from (--seed, step): stop it at any moment, run the same command
 with --resume, and the weights end bit for bit as if it had never stopped (CPU, same number of threads).
 
 Differences from the paper [A]: Muon for the transformers' matrices at class scale, AdamW else, with warm-up and linear decay;
-shift 3 at every size; text dropped 10 % of the time. The paper's data, batch sizes and learning rate here are not public.
+shift 3 at class scale and at 1024 px, 1 at 256 px; text dropped 10 % of the time. The paper's data, batch sizes and learning rate
+here are not public.
 """
 
 import argparse
@@ -27,6 +29,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import flow
+import parallel
+import shards
 from checkpoint import (
     HelpFormatter,
     Log,
@@ -39,7 +43,7 @@ from checkpoint import (
     save_network,
     save_state,
 )
-from data import CaptionedFolder, encode_dataset, rng, to_pictures
+from data import CaptionedFolder, ahead, encode_dataset, rng, to_pictures
 from encoders import FrozenEncoders, pad_text
 from model import PRESETS, UNet
 from shapes import ShapesWorld
@@ -63,13 +67,20 @@ def parse_arguments(argv=None):
         default="assets/toy-sd3",
         help="SD3 folder whose autoencoder and text encoders are used",
     )
+    p.add_argument(
+        "--gemma", metavar="DIR", help="folder of google/gemma-2-2b: a third text encoder, as in the paper's --size t2i"
+    )
     # data
-    p.add_argument("--data", metavar="DIR", help="folder of pictures with captions; without it, the shapes world")
+    p.add_argument(
+        "--data", metavar="DIR", help="pictures with captions, or shards of `data.py encode`; default: the shapes world"
+    )
     p.add_argument("--pictures", type=int, default=20_000, help="how many different shapes-world pictures to train on")
     p.add_argument("--resolution", type=int, help="side in pixels for --data; default: 64, 256 or 1024 by --size")
     # optimisation
     p.add_argument("--steps", type=int, default=2500, help="training steps")
-    p.add_argument("--batch", type=int, default=64, help="pictures a step")
+    p.add_argument("--batch", type=int, default=64, help="pictures a step, of all GPUs together")
+    p.add_argument("--accumulate", type=int, default=1, help="parts in which each GPU takes its share, to save memory")
+    p.add_argument("--checkpointing", action="store_true", help="compute activations twice, to save memory")
     p.add_argument("--lr", type=float, default=1e-3, help="learning rate after the warm-up")
     p.add_argument(
         "--optimizer", choices=("adamw", "muon"), help="default: muon for --size tiny, adamw for the paper's"
@@ -85,7 +96,7 @@ def parse_arguments(argv=None):
     p.add_argument("--device", help="cuda, mps or cpu; chosen by itself if not given")
     p.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes to start, then faster")
     args = p.parse_args(argv)
-    for name in ("steps", "batch", "pictures", "save_every"):
+    for name in ("steps", "batch", "accumulate", "pictures", "save_every"):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
     args.optimizer = args.optimizer or ("muon" if args.size == "tiny" else "adamw")
@@ -102,6 +113,17 @@ def open_data(args, encoders):
     """(training data, validation data, name): --data or the shapes world as data.Latents, through the frozen encoders."""
     if args.resolution < 32 or args.resolution % 32:  # 8 pixels a latent cell, and the UNet halves the latent twice
         raise SystemExit(f"--resolution must be a multiple of 32, not {args.resolution}.")
+    if args.data and list(Path(args.data).glob("0*.safetensors")):
+        training, validation = shards.open_shards(args.data, encoders)
+        side = encoders.factor * training.shape[-1]
+        if side != args.resolution:
+            raise SystemExit(
+                f"the shards in {args.data} are of {side} pixels: give --resolution {side}, or encode others."
+            )
+        return training, validation, training.name
+    if args.data and (args.data.endswith(".tar") or shards.is_raw(Path(args.data))):
+        raise SystemExit(f"{args.data} is encoded once before training: python data.py encode {args.data} --out DIR "
+                         f"--resolution {args.resolution} --teacher {args.teacher}, then --data DIR.")  # fmt: skip
     if args.data:
         pictures, validation = CaptionedFolder(args.data, args.resolution).split()
     else:
@@ -109,21 +131,26 @@ def open_data(args, encoders):
     return encode_dataset(pictures, encoders), encode_dataset(validation, encoders), pictures.name
 
 
-def noisy_batch(data, seed, step, batch, shift, caption_dropout):
-    """One training batch from (seed, step) alone: x_t, t, the target velocity and the captions' ids, all on the CPU."""
-    x0, caption_ids = data.batch(seed, step, batch)
+def noisy_batch(data, seed, step, batch, shift, caption_dropout, rows=slice(None)):
+    """One training batch from (seed, step) alone: x_t, t, the target velocity and the captions' ids, all on the CPU.
+
+    With `rows`, those of one GPU: drawn for the whole batch all the same, so that N GPUs see what one would have seen.
+    """
     g = rng(seed, step)
     dropped = torch.rand(batch, generator=g) < caption_dropout
-    caption_ids = torch.where(dropped, 0, caption_ids)  # caption 0 is the empty one
-    t = flow.logit_normal_timesteps(batch, shift, generator=g)
-    eps = torch.randn(x0.shape, generator=g)
-    return flow.interpolate(x0, eps, t), t, flow.velocity(x0, eps), caption_ids
+    t = flow.logit_normal_timesteps(batch, shift, generator=g)[rows]
+    eps = torch.randn((batch, *data.shape), generator=g)[rows]
+    x0, ids = data.batch(seed, step, batch, rows)
+    ids = torch.where(dropped[rows], 0, ids)  # caption 0 is the empty one
+    if data.several_encoders:  # each of them is dropped apart besides [S]; ids becomes (B, 3)
+        ids = ids[:, None] * (torch.rand((batch, 3), generator=g) >= caption_dropout)[rows]
+    return flow.interpolate(x0, eps, t), t, flow.velocity(x0, eps), ids
 
 
 def predict(net, cfg, source, x_t, t, ids, device):
-    """The velocity that a UNet of config `cfg` sees in x_t (B, 16, h, w) at t, with captions ids (B,) of `source`."""
-    states, mask = source.states[ids, : source.longest], source.mask[ids, : source.longest]
-    states = pad_text(states.float(), cfg.text_dim)  # (B, T, text_dim)
+    """The velocity that a UNet of config `cfg` sees in x_t (B, 16, h, w) at t, with captions ids of `source`."""
+    states, mask = source.text(ids)
+    states = pad_text(states, cfg.text_dim)  # (B, T, text_dim)
     return net(x_t.to(device), t.to(device), states.to(device), mask.to(device))
 
 
@@ -179,10 +206,12 @@ def main(argv=None):
     if (out / "train_state").is_dir() and not args.resume:
         raise SystemExit(f"{out} holds a run already: go on with --resume, choose another --out, or delete it.")
     torch.manual_seed(args.seed)
-    shift, caption_dropout = 3.0, 0.1
+    caption_dropout, shift = 0.1, 3.0 if args.size == "tiny" else flow.resolution_shift(args.resolution)
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    main_rank, rows = parallel.rank() == 0, parallel.rows(args.batch, args.accumulate)
 
     # data: pictures and captions pass through the frozen encoders once
-    encoders = FrozenEncoders(args.teacher, device)
+    encoders = FrozenEncoders(args.teacher, device, half if args.size != "tiny" else torch.float32, args.gemma)
     data, val, pictures_name = open_data(args, encoders)
 
     # model: the UNet, and the average of its weights over time (EMA), which is what gets sampled
@@ -193,37 +222,47 @@ def main(argv=None):
             f"{unet_config.latent_channels}: give --teacher an SD3 folder."
         )
     model = UNet(unet_config).to(device, memory_format=torch.channels_last)  # depthwise convolutions like it
-    prompts = PROMPTS if not args.data else [data.captions[data.caption_ids[i * len(data) // 8]] for i in range(8)]
+    model.checkpointing = args.checkpointing
+    prompts = PROMPTS if not args.data else [data.caption_of(i * len(data) // 8) for i in range(8)]
     if args.init:
         load_weights(model, load_student(args.init)[0].state_dict(), args.init)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizers = make_optimizers(model, args.lr, args.optimizer)
-    names = "size init data resolution steps batch lr optimizer seed"
+    names = "size init data gemma resolution steps batch lr optimizer seed"
     settings = {name: getattr(args, name) for name in names.split()}
     settings |= {"pictures": pictures_name, "teacher": encoders.fingerprint()}  # the same folder may hold other things
     start_step = load_state(out, settings, optimizers, model=model, ema=ema) if args.resume else 0
     log = Log(out / "log.csv", start_step)
-    forward = torch.compile(model) if args.compile else model
+    forward = parallel.wrap(torch.compile(model) if args.compile else model, device)
     config = {
-        "stage": "fm", "size": args.size, "encoders": args.teacher, "latent_size": list(data.latents.shape[2:]),
+        "stage": "fm", "size": args.size, "encoders": args.teacher, "gemma": args.gemma, "latent_size": list(data.shape[1:]),
         "scaling_factor": encoders.scaling_factor, "shift_factor": encoders.shift_factor,
         "sampling": {"steps": 28, "guidance": 3.0, "shift": shift}, "settings": settings, "machine": describe_machine(device),
     }  # fmt: skip
-    print(f"{args.size}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(data)} pictures, "
-          f"{config['machine']}, seed {args.seed}, steps {start_step} to {args.steps}")  # fmt: skip
+    if main_rank:
+        print(f"{args.size}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(data)} pictures, "
+              f"{config['machine']}, seed {args.seed}, steps {start_step} to {args.steps}")  # fmt: skip
 
     # the loop
-    bar = tqdm(range(start_step, args.steps), initial=start_step, total=args.steps, desc="stage 1", mininterval=1)
+    batches = ahead(
+        lambda step: noisy_batch(data, args.seed, step, args.batch, shift, caption_dropout, rows),
+        range(start_step, args.steps), device,
+    )  # fmt: skip
+    bar = tqdm(batches, initial=start_step, total=args.steps, desc="stage 1", mininterval=1, disable=not main_rank)
     bins, start = torch.zeros(2, BINS), time.time()  # sums of losses, and counts
-    for step in bar:
+    for step, (x_t, t, v, ids) in enumerate(bar, start_step):
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate(step, args.steps, args.lr)
 
-        x_t, t, v, ids = noisy_batch(data, args.seed, step, args.batch, shift, caption_dropout)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            predicted = predict(forward, model.cfg, data, x_t, t, ids, device)
-        losses = (predicted.float() - v.to(device)).square().mean((1, 2, 3))  # (B,)   || v_theta(x_t, t, c) - v ||^2
-        losses.mean().backward()
+        losses = []
+        for part in torch.arange(len(t)).chunk(args.accumulate):  # one part, unless memory is short
+            with parallel.averaging(forward, now=part[-1] == len(t) - 1):
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    predicted = predict(forward, model.cfg, data, x_t[part], t[part], ids[part], device)
+                # (b,)   || v_theta(x_t, t, c) - v ||^2
+                losses.append((predicted.float() - v[part].to(device)).square().mean((1, 2, 3)))
+                (losses[-1].mean() / args.accumulate).backward()
+        losses = torch.cat(losses)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if not torch.isfinite(grad_norm):
             stop_on_nan(step, out, args.lr)
@@ -236,10 +275,12 @@ def main(argv=None):
         bins[0].index_add_(0, which, losses.detach().float().cpu())
         bins[1].index_add_(0, which, torch.ones_like(t))
         save = (step + 1) % args.save_every == 0 or step + 1 == args.steps
-        if save or (step + 1) % 50 == 0:
+        if not (save or (step + 1) % 50 == 0):
+            continue
+        bins = parallel.total(bins)
+        if main_rank:
             mean = (bins[0].sum() / bins[1].sum()).item()
             per_bin = {f"loss_t{i / BINS:.1f}": (bins[0, i] / bins[1, i]).item() for i in range(BINS)}
-            bins.zero_()
             val_loss = validate(ema, val, shift, device) if save else float("nan")
             if save and not math.isfinite(val_loss + mean):
                 stop_on_nan(step, out, args.lr)
@@ -247,12 +288,15 @@ def main(argv=None):
                     grad_norm=grad_norm.item(), lr=group["lr"],
                     pictures_per_second=(step + 1 - start_step) * args.batch / (time.time() - start))  # fmt: skip
             bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
-        if save:  # the state last: whatever a kill leaves undone before it is done again by --resume
-            draw_samples(out, step + 1, ema, encoders, prompts, data.latents.shape[1:], config["sampling"], args.seed)
+        bins.zero_()
+        if save and main_rank:  # the state last: whatever a kill leaves undone before it is done again by --resume
+            draw_samples(out, step + 1, ema, encoders, prompts, data.shape, config["sampling"], args.seed)
             plot(log, out / "loss.png")
             save_network(out, ema, {**config, "step": step + 1, "pictures_seen": (step + 1) * args.batch})
             save_state(out, step + 1, settings, optimizers, model=model, ema=ema)
-    print(f"{out}: model.safetensors, config.json, log.csv, loss.png, samples/progress.png")
+    parallel.wait()
+    if main_rank:
+        print(f"{out}: model.safetensors, config.json, log.csv, loss.png, samples/progress.png")
 
 
 def stop_on_nan(step, out, lr):
@@ -307,4 +351,4 @@ def plot(log, path):
 
 
 if __name__ == "__main__":
-    main()
+    parallel.launch(main)

@@ -101,7 +101,7 @@ def test_teacher_sees_what_diffusers_pipeline_gives_it(tmp_path):
     encoders = FrozenEncoders("assets/toy-sd3")
     text = distill.encode_prompts(PROMPTS, encoders)
     teacher = Teacher("assets/toy-sd3", text, cache=tmp_path)
-    assert states.shape[1] == 24 + 256 and teacher.text.shape[1] == 25
+    assert states.shape[1] == 24 + 256 and teacher.text(torch.tensor([1]))[0].shape[1] == 25
     x, t, ids = torch.randn(2, 16, 8, 8), torch.tensor([0.3, 0.9]), torch.tensor([1, 2])
     with torch.no_grad():
         expected = pipe.transformer(
@@ -115,7 +115,7 @@ def test_teacher_sees_what_diffusers_pipeline_gives_it(tmp_path):
     assert feature.shape == (2, 128, 4, 4)
     # the feature leads to the velocity: norm_out and proj_out are all that comes after it
     net = teacher.net
-    temb = net.time_text_embed(1000 * t, teacher.pooled[ids].float())
+    temb = net.time_text_embed(1000 * t, teacher.text(ids)[1])
     patches = net.proj_out(net.norm_out(feature.flatten(2).transpose(1, 2), temb)).view(2, 4, 4, 2, 2, 16)
     assert torch.allclose(torch.einsum("nhwpqc->nchpwq", patches).reshape(2, 16, 8, 8), velocity, atol=1e-5)
 
@@ -146,7 +146,7 @@ def test_teacher_with_a_t5_that_speaks(tmp_path):
             x, encoder_hidden_states=states, pooled_projections=pooled, timestep=1000 * t
         ).sample
         for teacher in teachers:
-            assert teacher.text.shape == (3, 280, 192)
+            assert teacher.text(torch.arange(3))[0].shape == (3, 280, 192)
             assert (teacher(x, t, ids)[0] - expected).abs().max() < 5e-3
 
 

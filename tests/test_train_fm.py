@@ -154,7 +154,9 @@ def test_training_learns_one_batch_by_heart():
 
 def test_noise_depends_on_seed_and_step_alone_and_captions_are_dropped():
     class Ones:
-        def batch(self, seed, step, size):
+        shape, several_encoders = (1, 1, 1), False
+
+        def batch(self, seed, step, size, rows=slice(None)):
             return torch.zeros(size, 1, 1, 1), torch.ones(size, dtype=torch.long)
 
     a, b = (train_fm.noisy_batch(Ones(), 0, 7, 4000, 3.0, 0.1) for _ in range(2))
