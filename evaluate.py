@@ -8,6 +8,7 @@ four shapes and says nothing about photographs: it is called mini-GenEval everyw
     python evaluate.py assets/toy-sd3                # a diffusers pipeline, drawn by diffusers: the teacher
     python evaluate.py assets/zoo/fm --kid           # also: distance to the world's own pictures (KID), and diversity
     python evaluate.py drawn/                        # a folder of pictures with captions (from sample.py --prompts)
+    python evaluate.py drawn/ --fid real/            # FID and KID of two folders of any pictures, by torch-fidelity
     python evaluate.py --detector                    # the detector itself, on 1,000 pictures whose truth is known
 
 Beside each score stands its chance level: the same pictures judged by the other captions of their family. `novel` are
@@ -17,6 +18,7 @@ prompts with color-shape pairs that training never contained.
 import argparse
 import itertools
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
 
+from benchmarks import write_folder
 from checkpoint import (
     HelpFormatter,
     check_encoders,
@@ -36,10 +39,10 @@ from checkpoint import (
     save_atomically,
     save_json,
 )
-from data import CaptionedFolder, to_tensor
+from data import PICTURE_ENDINGS, CaptionedFolder, to_tensor
 from decoder import Perceptual
 from encoders import FrozenEncoders
-from sample import draw_pictures, pick_decoder, write_folder
+from sample import draw_pictures, pick_decoder
 from shapes import COLORS, FAMILIES, SHAPES, SIDE, ShapesWorld, family_of, parse_caption, shape_outline
 
 NOVEL_FAMILIES = ("counting", "colors", "position", "attribution")  # those whose captions name a color and a shape
@@ -326,6 +329,35 @@ def draw_with_student(folder, device, args):
     )
 
 
+def fid_and_kid(pictures, reference, inception, device):
+    """{"fid", "kid"} of two folders of pictures, by torch-fidelity: the numbers of papers, from Inception's weights of 2015.
+
+    Raises SystemExit when the library or the weights are not there: the latter are a download of their own.
+    """
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # the library would unpickle whatever the file holds
+    try:
+        import torch_fidelity
+    except ImportError as error:
+        raise SystemExit(
+            "--fid needs a library that is not among the requirements: pip install torch-fidelity torchvision. For the shapes "
+            "world, --kid needs nothing more."
+        ) from error
+    n = min(sum(1 for p in Path(f).rglob("*") if p.suffix.lower() in PICTURE_ENDINGS) for f in (pictures, reference))
+    if n < 2:
+        raise SystemExit(f"--fid compares folders of pictures; {pictures} or {reference} holds fewer than two.")
+    try:
+        found = torch_fidelity.calculate_metrics(
+            input1=str(pictures), input2=str(reference), fid=True, kid=True, kid_subset_size=min(1000, n),
+            cuda=device.type == "cuda", samples_find_deep=True, feature_extractor_weights_path=inception, verbose=False,
+        )  # fmt: skip
+    except Exception as error:  # no network, no such file, no Inception in it
+        raise SystemExit(
+            f"torch-fidelity cannot compare them ({error}). If its weights are what is missing, fetch "
+            "weights-inception-2015-12-05-6726825d.pth from its releases and give --inception FILE."
+        ) from error
+    return {"fid": found["frechet_inception_distance"], "kid": found["kernel_inception_distance_mean"], "pictures": n}
+
+
 def parse_arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
     p.add_argument(
@@ -346,6 +378,10 @@ def parse_arguments(argv=None):
     p.add_argument("--out", metavar="DIR", help="keep the pictures with their captions, table.txt and report.json here")
     p.add_argument("--device", help="cuda, mps or cpu; chosen by itself if not given")
     p.add_argument("--kid", action="store_true", help="also print KID to the world's own pictures, and diversity")
+    p.add_argument("--fid", metavar="DIR", help="instead: FID and KID of the folder to this folder of real pictures")
+    p.add_argument(
+        "--inception", metavar="FILE", help="Inception's weights for --fid; default: torch-fidelity fetches them"
+    )
     p.add_argument("--detector", action="store_true", help="check the detector instead, on 1,000 pictures")
     p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return p.parse_args(argv)
@@ -370,6 +406,12 @@ def main(argv=None):
         raise SystemExit(
             f"no such folder: {target}. Give a student, a diffusers pipeline, or a folder of captioned pictures."
         )
+    if args.fid:
+        report["fid"] = fid_and_kid(target, args.fid, args.inception, device)
+        print("FID {fid:.3f}, KID {kid:.5f}, of {pictures} pictures or more".format(**report["fid"]))
+        if args.json:
+            print(json.dumps(report))
+        return
     if (target / "model_index.json").is_file() or (target / "model.safetensors").is_file():
         who = draw_with_diffusers if (target / "model_index.json").is_file() else draw_with_student
         draw = who(target, device, args)

@@ -5,7 +5,11 @@
     python sample.py "a photo of a star" --trajectory path.gif                                  # the denoising, step by step
     python sample.py --prompts prompts.txt --out drawn/                                         # one PNG a line, for evaluate.py
 
-The last form writes metadata.jsonl (file_name, text) beside the pictures, which evaluate.py and train_fm.py --data read.
+The last form writes metadata.jsonl (file_name, text) beside the pictures, which evaluate.py and train_fm.py --data read. It goes
+on where it was stopped, runs on several GPUs by torchrun, and knows GenEval's, DPG-Bench's and ImageNet's prompts (benchmarks.py):
+
+    torchrun --nproc_per_node 8 -- sample.py --prompts evaluation_metadata.jsonl --n 4 --model runs/t2i --out geneval
+    torchrun --nproc_per_node 8 -- sample.py --prompts LOC_synset_mapping.txt --n 50 --model runs/imagenet --out adm --npz adm.npz
 """
 
 import argparse
@@ -17,11 +21,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import benchmarks
 import flow
-from checkpoint import HelpFormatter, check_encoders, load_student, pick_device, save_atomically
+import parallel
+from checkpoint import HelpFormatter, check_encoders, load_student, pick_device, save_atomically, save_json
 from data import captioned_grid, rng, to_pictures
 from decoder import load_decoder
-from encoders import FrozenEncoders
+from encoders import FrozenEncoders, hash_folders
 
 
 @torch.no_grad()
@@ -72,30 +78,46 @@ def pick_decoder(folder, encoders):
     return decoder
 
 
-def read_prompts(path):
-    """The non-empty lines of a text file."""
-    try:
-        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SystemExit(f"cannot read prompts from {path}: {error}") from error
-    if not prompts:
-        raise SystemExit(f"{path} holds no prompt: write one a line.")
-    return prompts
-
-
-def write_folder(folder, pictures, prompts):
-    """00000.png, 00001.png, ... and metadata.jsonl."""
-    rows = []
-    for i, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
-        save_atomically(picture.save, Path(folder) / f"{i:05d}.png")
-        rows.append(json.dumps({"file_name": f"{i:05d}.png", "text": prompt}))
-    save_atomically(lambda p: p.write_text("\n".join(rows) + "\n", encoding="utf-8"), Path(folder) / "metadata.jsonl")
+def draw_files(model, config, encoders, args, decoder):
+    """Draw every prompt of --prompts into --out, in the layout that benchmarks.py finds for it. What is there stays."""
+    layout, pictures, names = benchmarks.plan(args.prompts, args.n, args.seed)
+    names_of_settings = "model prompts n steps guidance shift seed resolution decoder"
+    settings = {name: getattr(args, name) for name in names_of_settings.split()}
+    settings |= {"weights": hash_folders([args.model])}
+    out = Path(args.out)
+    with parallel.first_alone():
+        path = out / "settings.json"
+        if path.is_file() and (old := json.loads(path.read_text())) != settings:
+            changed = [f"{k} was {old.get(k)}, is {v}" for k, v in settings.items() if old.get(k) != v]
+            raise SystemExit(f"{out} holds other pictures: {'; '.join(changed)}. Give another --out, or delete it.")
+        save_json(settings, path)
+    mine = pictures[parallel.rank() :: parallel.world()]
+    todo = [(out / path, prompt, seed) for path, prompt, seed in mine if not (out / path).is_file()]
+    bar = tqdm(total=len(todo), desc="drawing", unit=" pictures", disable=parallel.rank() > 0)
+    for start in range(0, len(todo), args.batch):
+        paths, prompts, seeds = zip(*todo[start : start + args.batch], strict=True)
+        drawn = draw_pictures(model, config, encoders, prompts, seeds, args.steps, args.guidance, args.shift, args.batch,
+                              decoder=decoder)  # fmt: skip
+        for path, picture in zip(paths, drawn, strict=True):
+            save_atomically(picture.save, path)
+        bar.update(len(paths))
+    bar.close()
+    parallel.wait()
+    if parallel.rank() == 0:
+        benchmarks.finish(out, layout, pictures, names)
+        if args.npz:
+            benchmarks.write_npz(out, pictures, args.npz)
+        print(f"wrote {len(pictures)} pictures to {out}" + (f", and {args.npz}" if args.npz else ""))
 
 
 def parse_arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
     p.add_argument("text", nargs="*", metavar="PROMPT", help="what to draw; several make a grid, one row each")
-    p.add_argument("--prompts", metavar="FILE", help="draw every line of this file; --out is then a folder")
+    p.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="draw every line of this file, or a benchmark's prompts; --out is then a folder",
+    )
     p.add_argument("--model", metavar="DIR", default="assets/zoo/fm", help="a student's folder")
     p.add_argument(
         "--teacher", metavar="DIR", help="SD3 folder with the encoders, if not the one named in the student's config"
@@ -104,6 +126,8 @@ def parse_arguments(argv=None):
         "--decoder", metavar="DIR", help="tiny decoder, such as assets/zoo/decoder; default: the teacher's own"
     )
     p.add_argument("--n", type=int, default=1, help="pictures per prompt, from seeds seed, seed + 1, ...")
+    p.add_argument("--batch", type=int, default=64, help="pictures at once")
+    p.add_argument("--npz", metavar="FILE", help="with --prompts: also all pictures in one file, for ADM's FID")
     p.add_argument("--steps", type=int, help="Euler steps; default: what the student was made for")
     p.add_argument("--guidance", type=float, help="classifier-free guidance, 1 = none; default: the student's")
     p.add_argument("--shift", type=float, help="timestep shift; default: the student's")
@@ -123,12 +147,12 @@ def parse_arguments(argv=None):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    prompts = read_prompts(args.prompts) if args.prompts else args.text
-    if not prompts:
+    prompts = args.text
+    if not prompts and not args.prompts:
         raise SystemExit('nothing to draw: give a prompt, such as "a photo of a red circle", or --prompts FILE.')
     if any(not prompt.strip() for prompt in prompts):
         warnings.warn("an empty prompt draws whatever the model likes best", stacklevel=2)
-    for name, low in (("n", 1), ("steps", 1), ("guidance", 0), ("shift", 1e-3)):
+    for name, low in (("n", 1), ("batch", 1), ("steps", 1), ("guidance", 0), ("shift", 1e-3)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise SystemExit(f"--{name} must be at least {low}, not {getattr(args, name)}.")
     args.out = args.out or ("drawn" if args.prompts else "out.png")
@@ -146,12 +170,13 @@ def main(argv=None):
             raise SystemExit(f"--resolution must be a multiple of {step} for this model, not {args.resolution}.")
         config = {**config, "latent_size": [args.resolution // encoders.factor] * 2}
 
+    if args.prompts:
+        draw_files(model, config, encoders, args, decoder)
+        return
     steps_seen = []
     remember = (lambda i, t, x, x0: steps_seen.append((t, x[:1], x0[:1]))) if args.trajectory else None
     everything = [prompt for prompt in prompts for _ in range(args.n)]
     seeds = [args.seed + i % args.n for i in range(len(everything))]
-    if args.prompts:  # a file's lines are different drawings, not one drawing in different words
-        seeds = [args.seed + i for i in range(len(everything))]
     pictures = draw_pictures(
         model,
         config,
@@ -161,19 +186,18 @@ def main(argv=None):
         args.steps,
         args.guidance,
         args.shift,
+        args.batch,
         callback=remember,
         decoder=decoder,
     )
 
-    if args.prompts:
-        write_folder(args.out, pictures, everything)
-    elif len(everything) == 1:
+    if len(everything) == 1:
         save_atomically(pictures[0].save, args.out)
     else:
         rows = [pictures[i * args.n : (i + 1) * args.n] for i in range(len(prompts))]
         save_atomically(captioned_grid(rows, prompts, scale=2).save, args.out)
     if args.trajectory:
-        steps_seen = steps_seen[: len(steps_seen) // -(-len(everything) // 64)]  # the first batch only
+        steps_seen = steps_seen[: len(steps_seen) // -(-len(everything) // args.batch)]  # the first batch only
         noisy = to_pictures(decoder.decode_latents(torch.cat([x for _, x, _ in steps_seen])))
         clean = to_pictures(decoder.decode_latents(torch.cat([x0 for _, _, x0 in steps_seen])))
         if args.trajectory.lower().endswith(".gif"):
@@ -195,4 +219,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    parallel.launch(main)
