@@ -63,7 +63,7 @@ def test_adm_and_two_processes_and_resume(home, tmp_path):
     out, arguments = tmp_path / "out", ["--prompts", str(tmp_path / "LOC_synset_mapping.txt"), "--n", "2", *FEW]
     out.mkdir()
     Image.new("RGB", (64, 64), "red").save(out / "00003.png")
-    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2 --".split()]  # fmt: skip
+    torchrun = [sys.executable, *["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]]  # fmt: skip
     command = [*torchrun, str(ROOT / "sample.py")]
     result = subprocess.run([*command, *arguments, "--out", str(out), "--npz", str(tmp_path / "s.npz")], cwd=home, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)  # fmt: skip

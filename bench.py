@@ -1,0 +1,308 @@
+"""How fast the real sizes train on this device: pictures a second, memory, and the share of the device's peak.
+
+Weights, latents and text are random, since speed does not depend on what they hold; the steps are those of the stages.
+
+    python bench.py --size imagenet --batch 64                            # stages 1 to 3, then the ladder
+    python bench.py --size t2i --batch 8 --teacher sd3.5-large            # with an 8 B teacher in bfloat16 (40 GB of GPU memory)
+    python bench.py --size imagenet --batch 2 --device cpu --stages 1     # minutes, not hours, on a laptop
+
+"Model FLOPs" are counted by torch.utils.flop_counter in one eager step: matrix products, convolutions and attention, forward and
+backward, of all networks, without what --checkpointing computes twice. The peak is what a product of two 8192 x 8192 matrices
+reaches here in the training's precision, and what the maker says where we know it.
+"""
+
+import argparse
+import functools
+import json
+import math
+import time
+
+import torch
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from tqdm import tqdm
+
+import flow
+import step_distill
+from checkpoint import HelpFormatter, describe_machine, pick_device
+from distill import Projector, combine
+from model import LADDER, PRESETS, UNet, ladder
+from teacher import T5_TOKENS, Teacher, WeightedTextAttention
+from train_fm import make_optimizers, noisy_batch, predict, update_ema
+
+MODES = ("eager", "channels_last", "compile")  # how the student runs; each with what the one before has
+MAKERS_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # bfloat16, dense
+TEACHERS = {  # transformers of random weights
+    "toy": dict(num_layers=6, attention_head_dim=32, num_attention_heads=4, joint_attention_dim=192, caption_projection_dim=128,
+                pooled_projection_dim=160),
+    "sd3.5-large": dict(num_layers=38, attention_head_dim=64, num_attention_heads=38, joint_attention_dim=4096,
+                        caption_projection_dim=2432, pooled_projection_dim=2048, qk_norm="rms_norm"),
+}  # fmt: skip
+
+
+class RandomLatents:
+    """Stands in for data.Latents: `batch` pictures and captions of random numbers, in the sizes of the real ones."""
+
+    several_encoders = False
+
+    def __init__(self, cfg, side, teacher, tokens):
+        self.shape, self.tokens, self.width = (cfg.latent_channels, side, side), tokens, cfg.text_dim
+        self.clip_width, self.pooled_width = min(2048, teacher["joint_attention_dim"]), teacher["pooled_projection_dim"]
+
+    def batch(self, seed, step, size, rows=slice(None)):
+        return torch.randn(size, *self.shape), torch.arange(size)
+
+    def text(self, ids):
+        return torch.randn(len(ids), self.tokens, self.width), torch.ones(len(ids), self.tokens, dtype=torch.bool)
+
+    def clip(self, ids):
+        return torch.randn(len(ids), self.tokens, self.clip_width), torch.randn(len(ids), self.pooled_width)
+
+
+class RandomTeacher(Teacher):
+    """A Teacher without a folder: the transformer of TEACHERS[name] with random weights, without T5."""
+
+    def __init__(self, name, data, device, dtype, layers):
+        with torch.device("meta"):
+            net = SD3Transformer2DModel(
+                sample_size=128, patch_size=2, in_channels=16, pos_embed_max_size=192, **TEACHERS[name]
+            )
+        self.net = (
+            net.to_empty(device="cpu" if device.type == "mps" else device)
+            .to(device, dtype)
+            .requires_grad_(False)
+            .eval()
+        )
+        for weight in [*self.net.parameters(), *self.net.buffers()]:
+            weight.data.normal_(0, 0.02)
+        self.net.set_attn_processor(WeightedTextAttention(T5_TOKENS))
+        n = len(self.net.transformer_blocks)
+        self.data, self.device, self.dtype, self.silent, self.live, self.seen = data, device, dtype, True, None, {}
+        self.layers, self.feature_dim = tuple(layer % n for layer in layers), self.net.inner_dim
+        for layer in self.layers:
+            self.net.transformer_blocks[layer].register_forward_hook(
+                lambda block, i, out, layer=layer: self.seen.update({layer: out[1]})
+            )
+
+
+def make_stage(stage, model, forward, data, teacher, device, args):
+    """(step(number), networks that learn): one whole training step of stage 1, 2 or 3, optimizer and EMA included."""
+    ema, half = UNet(model.cfg).to(device).requires_grad_(False), device.type == "cuda"
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=half)
+    optimizers = make_optimizers(model, 1e-5, "adamw")
+    if stage == 2:
+        seen = []
+        model.up[-1].layers[-1].transformer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        width, side = model.cfg.channels[0], data.shape[-1]
+        phi = Projector(width, side, teacher.feature_dim, side // 2).to(device)
+        optimizers += make_optimizers(phi, 1e-5, "adamw")
+    if stage == 3:
+        judge = step_distill.Judge(teacher).to(device)
+        of_heads = torch.optim.AdamW(judge.parameters(), lr=1e-5)
+        times = flow.sampling_timesteps(4, 3.0)[:-1]
+        settings = argparse.Namespace(batch=args.batch, seed=0, own=0.5)
+
+    def finish(step):
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        update_ema(ema, model, step)
+
+    def first(step):
+        x_t, t, v, ids = noisy_batch(data, 0, step, args.batch, 1.0, 0.1)
+        with autocast():
+            predicted = predict(forward, model.cfg, data, x_t, t, ids, device)
+        (predicted.float() - v.to(device)).square().mean().backward()
+        finish(step)
+
+    def second(step):
+        x_t, t, v, ids = noisy_batch(data, 0, step, args.batch, 1.0, 0.1)
+        seen.clear()
+        with autocast():
+            predicted = predict(forward, model.cfg, data, x_t, t, ids, device)
+            projected = phi(seen[0])
+        with torch.no_grad():
+            v_teacher, features = teacher(x_t, t, ids)
+        losses = {"task": (predicted.float() - v.to(device)).square().mean((1, 2, 3)),
+                  "out": (predicted.float() - v_teacher).square().mean((1, 2, 3)),
+                  "feat": (projected.float() - features[-1]).square().mean((1, 2, 3))}  # fmt: skip
+        combine(losses, t.to(device), "scaled", {}).backward()
+        finish(step)
+
+    def third(step):  # the target is one forward of a few-step teacher, as with SD3.5-Large-Turbo
+        x0, eps, x_t, t, ids, own = step_distill.starting_points(model, data, settings, times, step, device)
+        x0, eps, x_t, t_on, own = (tensor.to(device) for tensor in (x0, eps, x_t, t, own))
+        level, noise = flow.logit_normal_timesteps(len(t)), torch.randn_like(x0)
+
+        def noised(latents):
+            return flow.interpolate(latents, noise, level.to(device)), level, ids
+
+        with autocast():
+            with torch.no_grad():
+                predicted = flow.x0_from_velocity(
+                    x_t, predict(forward, model.cfg, data, x_t, t, ids, device).float(), t_on
+                )
+                real, fake = judge.features(*noised(x0)), judge.features(*noised(predicted))
+            penalty, on_real = step_distill.gradient_penalty(judge, real)
+            (step_distill.hinge(on_real, judge.answers(fake)) + 0.1 * penalty).backward()
+            of_heads.step()
+            v = predict(forward, model.cfg, data, x_t, t, ids, device).float()
+            v_teacher = teacher(x_t, t, ids)[0].detach()
+            kd, task = (v - v_teacher).square().mean((1, 2, 3)), (v - flow.velocity(x0, eps)).square().mean((1, 2, 3))
+            loss = step_distill.distillation_loss(task, kd, t_on, own).mean()
+            loss = loss - 0.05 * judge(*noised(flow.x0_from_velocity(x_t, v, t_on))).mean()
+        loss.backward()
+        of_heads.zero_grad(set_to_none=True)
+        finish(step)
+
+    return {1: first, 2: second, 3: third}[stage]
+
+
+class CountFlops(TorchDispatchMode):
+    """`total` FLOPs of everything inside, by torch's own formulas.
+
+    With two differences from FlopCounterMode: it may be around autograd.grad, and the backward of a depthwise convolution counts
+    twice its forward, where torch 2.13 forgets the groups (and would triple the FLOPs of this UNet).
+    """
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket is torch.ops.aten.convolution_backward:
+            grad_out, _, weight, *_, wanted = args
+            self.total += sum(wanted[:2]) * 2 * grad_out.numel() * weight[0].numel()
+        elif func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def median_seconds(work, device, rounds):
+    """The median time of `work(k)` after two rounds of warm-up."""
+    seconds = []
+    for k in tqdm(range(rounds + 2), leave=False):
+        start = time.perf_counter()
+        work(k)
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds[2:])[rounds // 2]
+
+
+def matmul_peak(device, dtype):
+    """FLOP/s of a large product of two matrices."""
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / median_seconds(lambda k: a @ a, device, 10)
+
+
+def bench_stages(args, device, cfg, side, peak):
+    rows, teacher_name = [], args.teacher or "toy"
+    for stage in args.stages:
+        for mode in args.modes:
+            torch.manual_seed(0)
+            data = RandomLatents(cfg, side, TEACHERS[teacher_name], args.tokens)
+            half = torch.bfloat16 if device.type == "cuda" else torch.float32
+            layers = spread(teacher_name)
+            teacher = RandomTeacher(teacher_name, data, device, half, layers) if stage > 1 else None
+            model = UNet(cfg).to(device)
+            if mode != "eager":
+                model = model.to(memory_format=torch.channels_last)
+            step = make_stage(stage, model, model, data, teacher, device, args)
+            model.checkpointing = False
+            with CountFlops() as counter:
+                step(0)
+            model.checkpointing = args.checkpointing
+            if mode == "compile":
+                step = make_stage(stage, model, torch.compile(model), data, teacher, device, args)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            seconds = median_seconds(step, device, args.rounds)
+            memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else math.nan
+            flops = counter.total
+            rows.append({"stage": stage, "mode": mode, "pictures_per_second": args.batch / seconds, "memory_gb": memory,
+                         "tflops_per_step": flops / 1e12, "share_of_peak": flops / seconds / peak})  # fmt: skip
+            print(f"stage {stage}, {mode:14}{args.batch / seconds:10.2f} pictures/s{seconds:9.3f} s a step{memory:8.1f} GB"
+                  f"{flops / 1e12:9.2f} TFLOP a step{100 * rows[-1]['share_of_peak']:7.1f} % of the peak")  # fmt: skip
+            del step, model, teacher
+    return rows
+
+
+def spread(name):
+    n = TEACHERS[name]["num_layers"]
+    return n // 4, n // 2, n - 1
+
+
+def sdxl():
+    """diffusers' UNet in the shape of SDXL's, with 16 latent channels: 2.6 B parameters."""
+    return UNet2DConditionModel(
+        in_channels=16, out_channels=16, block_out_channels=(320, 640, 1280), layers_per_block=2, cross_attention_dim=2048,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20), use_linear_projection=True,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def bench_ladder(args, device, side):
+    """Forward time of each ladder step at the paper's widths, and of SDXL's UNet, taking turns."""
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    nets = {step: (UNet(ladder(step)), 768) for step in LADDER} | ({"SDXL": (sdxl(), 2048)} if args.sdxl else {})
+    seconds = {}
+    for name, (net, width) in nets.items():
+        net = net.to(device, half, memory_format=torch.channels_last).eval()
+        x, t = torch.randn(args.batch, 16, side, side, device=device, dtype=half), torch.rand(args.batch, device=device)
+        text = torch.randn(args.batch, args.tokens, width, device=device, dtype=half)
+        seconds[name] = median_seconds(lambda k, net=net, x=x, t=t, text=text: net(x, t, text), device, args.rounds)
+        parameters = sum(p.numel() for p in net.parameters()) / 1e6
+        change = f"{100 * (seconds[name] / seconds['a'] - 1):+8.1f} % against a"
+        print(f"forward {name:5}{parameters:9.1f} M{1000 * seconds[name] / args.batch:10.2f} ms a picture{change}")
+        net.to("cpu" if device.type != "cpu" else "meta")
+    return seconds
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
+    p.add_argument("--size", choices=PRESETS, default="imagenet", help="the UNet")
+    p.add_argument("--latent", type=int, help="side of the latent; default: 8, 32 or 128 by --size")
+    p.add_argument("--batch", type=int, default=8, help="pictures a step")
+    p.add_argument("--tokens", type=int, default=77, help="of the text")
+    p.add_argument("--stages", type=int, nargs="*", choices=(1, 2, 3), default=(1, 2, 3), help="none: the ladder alone")
+    p.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="how the student runs")
+    p.add_argument("--teacher", choices=TEACHERS, help="of stages 2 and 3; default: sd3.5-large for t2i, else toy")
+    p.add_argument("--checkpointing", action="store_true", help="compute activations twice, to save memory")
+    p.add_argument("--no-ladder", action="store_true", help="leave the ladder out")
+    p.add_argument("--sdxl", action="store_true", help="with the ladder, also SDXL's UNet (2.6 B parameters)")
+    p.add_argument("--rounds", type=int, default=5, help="timed steps; the median counts")
+    p.add_argument("--device", help="cuda, mps or cpu; chosen by itself if not given")
+    p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    args = p.parse_args(argv)
+    for name in ("batch", "tokens", "rounds"):
+        if getattr(args, name) < 1:
+            raise SystemExit(f"--{name} must be at least 1, not {getattr(args, name)}.")
+    args.teacher = args.teacher or ("sd3.5-large" if args.size == "t2i" else "toy")
+    device, cfg = pick_device(args.device), PRESETS[args.size]
+    side = args.latent or {"tiny": 8, "imagenet": 32, "t2i": 128}[args.size]
+    peak = matmul_peak(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    machine = describe_machine(device)
+    maker = next((value for name, value in MAKERS_PEAK.items() if name in machine["device"]), None)
+    print(
+        f"--size {args.size}, {side}x{side} latents, batch {args.batch}, {args.tokens} tokens, teacher {args.teacher}, {machine}"
+    )
+    of_maker = f", {maker / 1e12:.0f} by its maker, of which the shares are" if maker else ""
+    print(f"peak: {peak / 1e12:.2f} TFLOP/s by a matrix product{of_maker}")
+    report = {"machine": machine, "peak": maker or peak}
+    try:
+        report["stages"] = bench_stages(args, device, cfg, side, maker or peak)
+        if not args.no_ladder:
+            report["ladder"] = bench_ladder(args, device, side)
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"out of memory with --batch {args.batch}: lower it, or give --checkpointing.") from error
+    if args.json:
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
