@@ -44,7 +44,7 @@ TEACHERS = {  # transformers of random weights
 class RandomLatents:
     """Stands in for data.Latents: `batch` pictures and captions of random numbers, in the sizes of the real ones."""
 
-    several_encoders = False
+    several_encoders, first_clip = False, None
 
     def __init__(self, cfg, side, teacher, tokens):
         self.shape, self.tokens, self.width = (cfg.latent_channels, side, side), tokens, cfg.text_dim

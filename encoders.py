@@ -162,7 +162,7 @@ class FrozenEncoders(FrozenAutoencoder):
         states, mask, _ = self.encode_text(captions)
         if self.gemma is not None:
             states, mask = join_text([(states, mask), self.gemma.encode(captions)])
-        return pad_text(states, width), mask
+        return pad_text(states, width, self.first_clip), mask
 
 
 class Gemma:
@@ -211,12 +211,15 @@ def join_text(parts):
     return torch.cat([pad_text(states, width) for states, _ in parts], 1), torch.cat([mask for _, mask in parts], 1)
 
 
-def pad_text(states, width):
-    """(B, T, D) -> (B, T, width) with zeros behind: one UNet then takes encoders of several widths.
+def pad_text(states, width, first_clip=None):
+    """(B, T, D) -> (B, T, width), so that one UNet takes encoders of several widths: zeros behind narrower states.
 
-    SD3.5's two CLIPs give D = 2048; the text-to-image preset takes 2304, the width of Gemma-2-2b (our assumption).
-    Raises SystemExit when the states are wider than that.
+    SD3.5's two CLIPs give D = 2048; the text-to-image preset takes 2304, the width of Gemma-2-2b (our assumption). A UNet too
+    narrow for both CLIPs takes the first one's `first_clip` channels alone: CLIP-L, as the paper's ImageNet model does.
+    Raises SystemExit when even these are wider.
     """
+    if first_clip is not None and first_clip <= width < states.shape[-1]:
+        states = states[..., :first_clip]
     if states.shape[-1] > width:
         raise SystemExit(
             f"the text states are {states.shape[-1]} wide, this UNet takes {width}: give the --teacher whose encoders it "

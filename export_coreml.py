@@ -42,7 +42,7 @@ from coreml_layers import PhoneDecoder, PhoneText, PhoneUNet
 from data import captioned_grid, rng, to_pictures
 from decoder import PRESETS as DECODERS
 from decoder import TinyDecoder, load_decoder
-from encoders import FrozenAutoencoder, FrozenEncoders, hash_folders
+from encoders import GEMMA_TOKENS, FrozenAutoencoder, FrozenEncoders, hash_folders
 from evaluate import prompts_of, score
 from mil_interpreter import ct  # coremltools, with its warnings about this machine silenced
 from model import PRESETS, UNet
@@ -143,6 +143,9 @@ def make_parts(args):
     else:
         unet, config = load_student(args.model)
         folder = Path(args.teacher or config["encoders"])
+        if config.get("gemma") and "text_encoder" in args.parts:
+            raise SystemExit(f"{args.model} reads its captions with Gemma too, and only CLIP text models are exported: run a "
+                             "language model elsewhere, and give --parts unet decoder.")  # fmt: skip
         speaks_clip = is_clip(folder, "text_encoder" in args.parts)
         encoders = FrozenEncoders(folder) if speaks_clip else FrozenAutoencoder(folder)
         check_encoders(config, encoders)
@@ -150,10 +153,16 @@ def make_parts(args):
         check_encoders(decoder_config, encoders)
         sizes, habits = args.latent or [config["latent_size"][0]], config["sampling"]
         guidance = habits["guidance"]
+        if speaks_clip and "text_encoder" in args.parts and unet.cfg.text_dim < encoders.text_dim:
+            raise SystemExit(
+                f"{args.model} reads the first CLIP alone, and the text package has both: give --parts unet decoder."
+            )
         if speaks_clip:
             text, mask = encoders.student_text([EXAMPLE], unet.cfg.text_dim)
         else:  # states of the right size will do to check a program with
             text, mask = torch.randn(1, 77, unet.cfg.text_dim, generator=rng(0)), torch.ones(1, 77)
+        if config.get("gemma"):  # its tokens stand behind CLIP's
+            text, mask = (torch.cat([x, x[:, -1:].expand(-1, GEMMA_TOKENS, *x.shape[2:])], 1) for x in (text, mask))
         times = habits.get("times") or flow.sampling_timesteps(habits["steps"], habits["shift"]).tolist()
         pipeline = {
             "model": str(args.model), "steps": habits["steps"], "times": times, "shift": habits["shift"], "guidance": guidance,

@@ -150,7 +150,7 @@ def noisy_batch(data, seed, step, batch, shift, caption_dropout, rows=slice(None
 def predict(net, cfg, source, x_t, t, ids, device):
     """The velocity that a UNet of config `cfg` sees in x_t (B, 16, h, w) at t, with captions ids of `source`."""
     states, mask = source.text(ids)
-    states = pad_text(states, cfg.text_dim)  # (B, T, text_dim)
+    states = pad_text(states, cfg.text_dim, source.first_clip)  # (B, T, text_dim)
     return net(x_t.to(device), t.to(device), states.to(device), mask.to(device))
 
 

@@ -22,7 +22,7 @@ import sample
 import shards
 import step_distill
 import train_fm
-from encoders import FrozenEncoders
+from encoders import FrozenEncoders, pad_text
 from shapes import ShapesWorld
 from teacher import Teacher
 
@@ -307,3 +307,17 @@ def test_bad_input_ends_in_one_sentence(home, encoded, imagenet, tars, tmp_path,
     with pytest.raises(SystemExit, match="encoded by other encoders"):
         train_fm.main([*common, "--data", str(encoded), "--teacher", str(other)])
     assert encoders.gemma is None
+
+
+def test_a_narrow_unet_reads_the_first_clip_alone():
+    """--size imagenet takes 768 channels: of SD3.5's 2048 those of CLIP-L (Sec. 4); the wide preset takes both and zeros."""
+    states = torch.randn(2, 77, 2048)
+    assert torch.equal(pad_text(states, 768, 768), states[..., :768])
+    wide = pad_text(states, 2304, 768)
+    assert torch.equal(wide[..., :2048], states) and not wide[..., 2048:].any()
+    with pytest.raises(SystemExit, match="768 wide, this UNet takes 160|2048 wide, this UNet takes 160"):
+        pad_text(states, 160, 768)
+    encoders = FrozenEncoders()
+    both, _ = encoders.student_text(["a photo of a star"], 160)
+    alone, _ = encoders.student_text(["a photo of a star"], encoders.first_clip)
+    assert torch.equal(alone, both[..., : encoders.first_clip])
