@@ -93,10 +93,20 @@ def wait():
 def launch(main):
     """Run a stage's main(), as one of torchrun's ranks if there are several; the one `if __name__ == "__main__"` line.
 
-    When a rank ends early, the others end too, with one sentence: they would wait for it for ever.
+    When a rank ends early, the others end too, with one sentence: they would wait for it for ever. Memory that does not suffice
+    is one sentence as well.
     """
-    if world() == 1:
-        return main()
+    try:
+        return main() if world() == 1 else run_as_rank(main)
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(
+            "out of memory on the GPU: lower --batch; or keep it, and give --accumulate 2 (or more) and --checkpointing where the "
+            "script has them. What was saved before is intact; --resume goes on."
+        ) from error
+
+
+def run_as_rank(main):
+    """main() among other ranks."""
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

@@ -102,3 +102,11 @@ def test_rows(monkeypatch):
     assert seen == list(range(32))
     with pytest.raises(SystemExit, match="multiple of 4 processes times --accumulate 3"):
         parallel.rows(32, 3)
+
+
+def test_too_little_memory_is_one_sentence():
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(SystemExit, match="lower --batch; or keep it, and give --accumulate 2"):
+        parallel.launch(main)
