@@ -42,6 +42,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import parallel
 from checkpoint import (
     HelpFormatter,
     Log,
@@ -357,6 +358,8 @@ def random_crops(pictures, args, step):
 
 def train(args, cfg, out):
     """Train one decoder into the folder `out`: what main() does without --table, --evaluate and --ablate."""
+    if parallel.world() > 1:
+        raise SystemExit("decoder.py trains on one GPU (1.4 M weights do not fill more): start it without torchrun.")
     device = pick_device(args.device)
     if (out / "train_state").is_dir() and not args.resume:
         raise SystemExit(f"{out} holds a run already: go on with --resume, choose another --out, or delete it.")
@@ -825,4 +828,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    parallel.launch(main)

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
 
+import parallel
 from benchmarks import write_folder
 from checkpoint import (
     HelpFormatter,
@@ -452,4 +453,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    parallel.launch(main)
