@@ -1,8 +1,12 @@
 """Fixtures that the tests of several stages share."""
 
-from pathlib import Path
+import os
 
-import pytest
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest runs several workers side by side (pyproject.toml), one core each
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="module")
