@@ -177,21 +177,6 @@ def to_pictures(x):
     return [Image.fromarray(picture) for picture in x]
 
 
-def captioned_grid(rows, captions, scale=1):
-    """A picture of rows of equally large pictures, each row under its caption."""
-    font = ImageFont.load_default(13)
-    width, height = (side * scale for side in rows[0][0].size)
-    text_width = max(int(font.getlength(caption)) for caption in captions)
-    grid = Image.new("RGB", (max(text_width, len(rows[0]) * (width + 4)) + 12, len(rows) * (height + 26) + 6), "white")
-    pen = ImageDraw.Draw(grid)
-    for r, (row, caption) in enumerate(zip(rows, captions, strict=True)):
-        top = r * (height + 26) + 4
-        pen.text((6, top), caption, fill="black", font=font)
-        for c, picture in enumerate(row):
-            grid.paste(picture.resize((width, height), Image.Resampling.BICUBIC), (6 + c * (width + 4), top + 20))
-    return grid
-
-
 # ------------------------------------------------------------------------------------------------------------------
 # Latents and text states, computed once by the frozen encoders
 

@@ -57,8 +57,9 @@ from checkpoint import (
     save_network,
     save_state,
 )
-from data import CaptionedFolder, captioned_grid, open_picture, rng, to_pictures, to_tensor
+from data import CaptionedFolder, open_picture, rng, to_pictures, to_tensor
 from encoders import FrozenAutoencoder
+from figures import captioned_grid, curves
 from shapes import SIDE, ShapesWorld
 from train_fm import learning_rate, stop_on_nan, update_ema
 
@@ -463,27 +464,9 @@ COLUMNS = ("mse", "perceptual", "gan_weight", "critic_real", "critic_restored")
 
 def plot(log, path):
     """loss.png: MSE and perceptual distance, what the critic says, and the validation PSNR of the EMA."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
-    steps = log.column("step")
-    for name in ("mse", "perceptual"):
-        axes[0].plot(steps, log.column(name), label=name)
-    axes[0].set(yscale="log", title="losses", xlabel="step")
-    for name in ("critic_real", "critic_restored"):
-        axes[1].plot(steps, log.column(name), label=name)
-    axes[1].set(title="the critic's answers: apart, and not far beyond 1 and -1", xlabel="step")
-    points = [(s, v) for s, v in zip(steps, log.column("val_psnr"), strict=True) if not math.isnan(v)]
-    axes[2].plot(*zip(*points, strict=True), "ko-", label="EMA")
-    axes[2].set(title="validation PSNR, dB", xlabel="step")
-    for axis in axes:
-        axis.legend()
-    figure.tight_layout()
-    save_atomically(figure.savefig, path)
-    plt.close(figure)
+    curves(log, path, ("losses", {"mse": "mse", "perceptual": "perceptual"}, "log"),
+           ("the critic: apart, and not far beyond 1 and -1", {"real": "critic_real", "restored": "critic_restored"}, "linear"),
+           ("validation PSNR, dB", {"EMA": "val_psnr"}, "linear"))  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------------

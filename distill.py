@@ -54,9 +54,10 @@ from checkpoint import (
     save_network,
     save_state,
 )
-from data import Latents, ahead, captioned_grid, rng, to_pictures
+from data import Latents, ahead, rng, to_pictures
 from encoders import FrozenEncoders
 from evaluate import prompts_of, score
+from figures import captioned_grid, curves, pyplot, save_figure
 from model import PRESETS, UNet
 from sample import draw_pictures
 from teacher import Teacher
@@ -305,31 +306,10 @@ COLUMNS = ("loss", "loss_task", "loss_out", "loss_feat", "ratio_out", "ratio_fea
 
 def plot(log, path):
     """loss.png: the three losses, the agreement with the teacher, the validation loss."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
-    steps = log.column("step")
-    for name in ("loss_task", "loss_out", "loss_feat"):
-        axes[0].plot(steps, log.column(name), label=name)
-    axes[0].set(yscale="log", title="the three levels, unscaled", xlabel="step")
-    axes[1].plot(steps, log.column("cosine"), label="cosine to the teacher's velocity")
-    axes[1].set(xlabel="step", title="agreement with the teacher")
-    points = [(s, v) for s, v in zip(steps, log.column("val_loss"), strict=True) if not math.isnan(v)]
-    axes[2].plot(*zip(*points, strict=True), "ko-", label="validation L_task, EMA")
-    axes[2].set(xlabel="step", title="validation")
-    for axis in axes:
-        axis.legend(fontsize=8)
-    figure.tight_layout()
-    save_atomically(figure.savefig, path)
-    plt.close(figure)
-
-
-def pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+    levels = {name: f"loss_{name}" for name in LEVELS}
+    curves(log, path, ("the three levels, unscaled", levels, "log"),
+           ("agreement with the teacher", {"cosine to the teacher's velocity": "cosine"}, "linear"),
+           ("validation", {"L_task, EMA": "val_loss"}, "linear"))  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -373,9 +353,7 @@ def plot_scaling(args):
     axes[3].set(yscale="log", title="what multiplies the gradient of L_kd")
     for axis in axes:
         axis.set_xlabel("t (0 = data, 1 = noise)")
-        axis.legend(fontsize=8)
-    figure.tight_layout()
-    save_atomically(figure.savefig, args.out / "scaling.png")
+    save_figure(figure, args.out / "scaling.png")
     print(f"wrote {args.out}/scaling.png")
 
 

@@ -39,11 +39,12 @@ import flow
 import mil_interpreter as mil
 from checkpoint import HelpFormatter, check_encoders, describe_machine, load_student, save_atomically, save_json
 from coreml_layers import PhoneDecoder, PhoneText, PhoneUNet
-from data import captioned_grid, rng, to_pictures
+from data import rng, to_pictures
 from decoder import PRESETS as DECODERS
 from decoder import TinyDecoder, load_decoder
 from encoders import GEMMA_TOKENS, FrozenAutoencoder, FrozenEncoders, hash_folders
 from evaluate import prompts_of, score
+from figures import captioned_grid
 from mil_interpreter import ct  # coremltools, with its warnings about this machine silenced
 from model import PRESETS, UNet
 

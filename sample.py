@@ -25,9 +25,10 @@ import benchmarks
 import flow
 import parallel
 from checkpoint import HelpFormatter, check_encoders, load_student, pick_device, save_atomically, save_json
-from data import captioned_grid, rng, to_pictures
+from data import rng, to_pictures
 from decoder import load_decoder
 from encoders import FrozenEncoders, hash_folders
+from figures import captioned_grid
 
 
 @torch.no_grad()

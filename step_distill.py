@@ -59,10 +59,11 @@ from checkpoint import (
     save_network,
     save_state,
 )
-from data import captioned_grid, rng, to_pictures
-from distill import encode_prompts, pyplot, scaled, start_from
+from data import rng, to_pictures
+from distill import encode_prompts, scaled, start_from
 from encoders import FrozenEncoders, hash_folders
 from evaluate import prompts_of, score
+from figures import captioned_grid, curves
 from model import PRESETS
 from sample import draw_pictures
 from teacher import Teacher
@@ -377,35 +378,15 @@ def few_step_scores(model, config, encoders, per_family, seed=1):
 
 def plot(log, answers, path):
     """gan.png: what the judge says, the losses, the collapse alarm, the scores, and the judge's last answers."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 5, figsize=(21, 3.8))
-    steps = log.column("step")
-    for axis, names, title in (
-        (axes[0], ("d_real", "d_fake"), "the judge: real above predicted, a small gap"),
-        (axes[1], ("loss_kd", "loss_task", "loss_d", "loss_adv"), "losses"),
-        (
-            axes[2],
-            ("std_ratio_low", "std_ratio_high", "mean_gap"),
-            "collapse alarm: both ratios near 1, the gap near 0",
-        ),
-    ):
-        for name in names:
-            axis.plot(steps, log.column(name), label=name)
-        axis.set(title=title, xlabel="step")
-    for n in (1, 2, 4, 8):
-        points = [(s, v) for s, v in zip(steps, log.column(f"score_{n}"), strict=True) if not math.isnan(v)]
-        if points:
-            axes[3].plot(*zip(*points, strict=True), "o-", label=f"{n} steps")
-    axes[3].set(title="mini-GenEval of few prompts, no guidance", xlabel="step")
-    for name, values in answers.items():
-        axes[4].hist(values.numpy(), bins=40, alpha=0.5, label=name)
-    axes[4].set(title="the judge's last answers")
-    for axis in axes:
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
-    figure.tight_layout()
-    save_atomically(figure.savefig, path)
-    plt.close(figure)
+
+    def same(*names):
+        return {name: name for name in names}
+
+    curves(log, path, ("the judge: real above predicted, a small gap", same("d_real", "d_fake"), "linear"),
+           ("losses", same("loss_kd", "loss_task", "loss_d", "loss_adv"), "linear"),
+           ("collapse alarm: ratios near 1, gap near 0", same("std_ratio_low", "std_ratio_high", "mean_gap"), "linear"),
+           ("mini-GenEval of few prompts", {f"{n} steps": f"score_{n}" for n in (1, 2, 4, 8)}, "linear"),
+           histogram=("the judge's last answers", answers))  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------------

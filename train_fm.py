@@ -45,6 +45,7 @@ from checkpoint import (
 )
 from data import CaptionedFolder, ahead, encode_dataset, rng, to_pictures
 from encoders import FrozenEncoders, pad_text
+from figures import curves, stack
 from model import PRESETS, UNet
 from shapes import ShapesWorld
 
@@ -312,42 +313,11 @@ def stop_on_nan(step, out, lr):
     )
 
 
-def stack(rows):
-    """Rows of equally large pictures as one picture."""
-    width, height = rows[0][0].size
-    whole = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
-    for r, row in enumerate(rows):
-        for c, picture in enumerate(row):
-            whole.paste(picture, (c * width, r * height))
-    return whole
-
-
 def plot(log, path):
     """loss.png: the loss of each timestep bin, and the validation loss of the EMA."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 4.5))
-    steps = log.column("step")
-    for i in range(BINS):
-        axis.plot(
-            steps, log.column(f"loss_t{i / BINS:.1f}"), lw=1, label=f"t in ({i / BINS:.1f}, {(i + 1) / BINS:.1f})"
-        )
-    axis.plot(steps, log.column("loss"), "k", lw=2, label="all t")
-    points = [(s, v) for s, v in zip(steps, log.column("val_loss"), strict=True) if not math.isnan(v)]
-    axis.plot(*zip(*points, strict=True), "ko:", label="validation, EMA")
-    axis.set(
-        xlabel="step",
-        ylabel="|| v_theta - v ||^2",
-        yscale="log",
-        title="Flow matching: the ends of the path are hard, in their own ways",
-    )
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    save_atomically(figure.savefig, path)
-    plt.close(figure)
+    bins = {f"t in ({i / BINS:.1f}, {(i + 1) / BINS:.1f})": f"loss_t{i / BINS:.1f}" for i in range(BINS)}
+    title = "Flow matching, || v_theta - v ||^2: the ends of the path are hard, in their own ways"
+    curves(log, path, (title, bins | {"all t": "loss", "validation, EMA": "val_loss"}, "log"))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest runs several workers side by side (pyproject.toml), one core each
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # pytest runs several workers side by side (pyproject.toml), one core each
 
 from pathlib import Path  # noqa: E402
 
