@@ -112,7 +112,7 @@ def load_student(folder, device="cpu"):
         folder,
         build,
         "student",
-        "Train one with train_fm.py (stage 1), distill.py (2) or step_distill.py (3), or use assets/zoo/fm",
+        "Train one with train_fm.py (stage 1), distill.py (2) or step_distill.py (3), or use one of assets/zoo",
         device,
     )
 

@@ -14,7 +14,7 @@ a_t is the density of the logit-normal: the middle of the path learns from the d
     python distill.py                                        # class scale: from assets/zoo/fm, teacher assets/toy-sd3
     python distill.py --losses task                          # the same without a teacher, to compare with
     python distill.py --ablate --steps 1000 --seeds 2        # five rows: which losses, scaled or not
-    python distill.py --plot-scaling runs/distill      # Fig. 6 in small
+    python distill.py --plot-scaling                         # Fig. 6 in small, of assets/zoo/distill
     python distill.py --compare runs/task runs/distill       # teacher | without teacher | with teacher, same noise
     python distill.py --size t2i --init runs/t2i --teacher stable-diffusion-3.5-large --data DIR --lr 1e-4   # the paper's
 
@@ -434,7 +434,7 @@ def parse_arguments(argv=None):
         "--plot-scaling",
         metavar="DIR",
         nargs="?",
-        const="runs/distill",
+        const="assets/zoo/distill",
         help="draw a_t and this student's losses",
     )
     p.add_argument(

@@ -6,9 +6,9 @@
     pipeline.json             steps, times, guidance, sizes, tokenizers: all else that an app needs
     verification.json         how far each package is from PyTorch
 
-    python export_coreml.py                                               # runs/step_distill, assets/zoo/decoder -> build/
+    python export_coreml.py                                               # assets/zoo/step_distill, zoo/decoder -> build/
     python export_coreml.py --nbits 6 --out build6 --score 10             # 6-bit palettes; mini-GenEval through the packages
-    python export_coreml.py --model runs/distill --batch 2          # guidance: caption and empty caption in one batch
+    python export_coreml.py --model assets/zoo/distill --batch 2    # guidance: caption and empty caption in one batch
     python export_coreml.py --random t2i --parts unet decoder --latent 128     # the paper's sizes, random weights
 
 How one part is made: torch.export captures the module of coreml_layers.py at fixed sizes -> coremltools converts it to a float16
@@ -175,7 +175,7 @@ def make_parts(args):
     if guidance != 1 and batch == 1:
         raise SystemExit(
             f"{args.model} draws with guidance {guidance}, which takes the caption and the empty caption in one batch: "
-            "give --batch 2, or a student of stage 3 such as runs/step_distill."
+            "give --batch 2, or a student of stage 3 such as assets/zoo/step_distill."
         )
     if guidance == 1 and batch == 2:
         raise SystemExit(
@@ -531,7 +531,7 @@ def draw_and_score(args):
 def parse_arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
     # what to export
-    p.add_argument("--model", metavar="DIR", default="runs/step_distill", help="the student")
+    p.add_argument("--model", metavar="DIR", default="assets/zoo/step_distill", help="the student")
     p.add_argument("--decoder", metavar="DIR", default="assets/zoo/decoder", help="the tiny decoder")
     p.add_argument(
         "--teacher", metavar="DIR", help="SD3 folder with the text encoders, if not the one in the student's config"
