@@ -281,8 +281,12 @@ def compress(package, nbits):
         how = optimize.OpPalettizerConfig(mode="kmeans", nbits=nbits, num_kmeans_workers=1)
         compress_weights = optimize.palettize_weights
     how.weight_threshold = 512
-    kinds = dict.fromkeys(("conv", "linear", "matmul", "gather"), how)  # not the tables of RoPE, nor gains and offsets
-    return compress_weights(package, optimize.OptimizationConfig(op_type_configs=kinds))
+    # Matrices and kernels by their own names: not the tables of RoPE, and not gains and offsets. By the kind of operation it
+    # fails where one vector of zeros is the offset of a linear layer and of a norm.
+    kinds, found = {"conv", "linear", "matmul", "gather"}, optimize.get_weights_metadata(package, weight_threshold=512)
+    names = [name for name, weight in found.items()
+             if weight.val.ndim > 1 and {op.op_type for op in weight.child_ops} <= kinds]  # fmt: skip
+    return compress_weights(package, optimize.OptimizationConfig(op_name_configs=dict.fromkeys(names, how)))
 
 
 def save_package(package, path):
