@@ -17,6 +17,7 @@ import json
 import math
 import time
 
+import diffusers
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +32,7 @@ from model import LADDER, PRESETS, UNet, ladder
 from teacher import T5_TOKENS, Teacher, WeightedTextAttention
 from train_fm import make_optimizers, noisy_batch, predict, update_ema
 
+diffusers.utils.logging.set_verbosity_error()  # casting random weights is no mistake
 MODES = ("eager", "channels_last", "compile")  # how the student runs; each with what the one before has
 MAKERS_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}  # bfloat16, dense
 TEACHERS = {  # transformers of random weights
