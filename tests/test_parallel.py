@@ -18,7 +18,7 @@ import sys
 sys.path.insert(0, {root!r})
 import distill, parallel, step_distill, train_fm
 
-SMALL = "--pictures 64 --batch 8 --device cpu --lr 1e-2 --save-every 2 --resume --steps {steps}".split()
+SMALL = "--pictures 64 --batch 8 --device cpu --lr 1e-2 --save-every 4 --resume --steps {steps}".split()
 
 def main():
     train_fm.main([*SMALL, "--init", "assets/zoo/fm", "--out", "{out}/fm"])
