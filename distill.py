@@ -27,7 +27,6 @@ L^t is the loss of each picture at its own t; the features compared, the shape o
 import argparse
 import collections
 import copy
-import json
 import math
 import time
 from pathlib import Path
@@ -49,17 +48,13 @@ from checkpoint import (
     load_student,
     load_weights,
     pick_device,
-    save_atomically,
-    save_json,
     save_network,
     save_state,
 )
-from data import Latents, ahead, rng, to_pictures
+from data import ahead
 from encoders import FrozenEncoders
-from evaluate import prompts_of, score
-from figures import captioned_grid, curves, pyplot, save_figure
+from figures import curves
 from model import PRESETS, UNet
-from sample import draw_pictures
 from teacher import Teacher
 from train_fm import (
     BINS,
@@ -76,12 +71,12 @@ from train_fm import (
 )  # fmt: skip
 
 LEVELS = ("task", "out", "feat")
-ROWS = {  # of --ablate: losses, weighting
-    "no teacher": ("task", "scaled"),
-    "output, fixed weight": ("task+out", "linear"),
-    "output, timestep-aware": ("task+out", "scaled"),
-    "output + features, fixed": ("task+out+feat", "linear"),
-    "output + features, timestep-aware": ("task+out+feat", "scaled"),
+ROWS = {  # of --ablate
+    "no teacher": {"losses": "task", "weighting": "scaled"},
+    "output, fixed weight": {"losses": "task+out", "weighting": "linear"},
+    "output, timestep-aware": {"losses": "task+out", "weighting": "scaled"},
+    "output + features, fixed": {"losses": "task+out+feat", "weighting": "linear"},
+    "output + features, timestep-aware": {"losses": "task+out+feat", "weighting": "scaled"},
 }
 
 
@@ -312,118 +307,6 @@ def plot(log, path):
            ("validation", {"L_task, EMA": "val_loss"}, "linear"))  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Figures and the ablation
-
-
-@torch.no_grad()
-def plot_scaling(args):
-    """scaling.png: a_t, and a student's L_task and L_kd over t, raw and as S weighs them (the paper's Fig. 6 in small)."""
-    device = pick_device(args.device)
-    model, config = load_student(args.plot_scaling, device)
-    encoders = FrozenEncoders(args.teacher, device, gemma=config.get("gemma"))
-    check_encoders(config, encoders)
-    _, val, _ = open_data(args, encoders)
-    teacher = Teacher(args.teacher, val, device)
-    times, rows = torch.linspace(0.025, 0.975, 20), []
-    for i, t in enumerate(tqdm(times, desc="measuring")):
-        g = rng(args.seed, i)
-        x0, ids = val.pictures(torch.arange(min(64, len(val))))
-        t = t.expand(len(x0))
-        eps = torch.randn(x0.shape, generator=g)
-        x_t, v = flow.interpolate(x0, eps, t), flow.velocity(x0, eps).to(device)
-        predicted = predict(model, model.cfg, val, x_t, t, ids, device)
-        task = (predicted - v).square().mean((1, 2, 3))
-        out = (predicted - teacher(x_t, t, ids)[0]).square().mean((1, 2, 3))
-        ratio, a = task / out, timestep_weight(t[:1]).item()
-        rows.append([task.mean().item(), out.mean().item(), a * task.mean().item(), (1 - a) * (ratio * out).mean().item(),
-                     (1 - a) * ratio.mean().item()])  # fmt: skip
-    task, out, scaled_task, scaled_out, pull = zip(*rows, strict=True)
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 4, figsize=(17, 3.8))
-    fine = torch.linspace(0, 1, 201)
-    axes[0].plot(fine, timestep_weight(fine), label="a_t: the data's part")
-    axes[0].plot(fine, 1 - timestep_weight(fine), label="1 - a_t: the teacher's part")
-    axes[0].set(title="who teaches when")
-    axes[1].plot(times, task, label="L_task"), axes[1].plot(times, out, label="L_kd")
-    axes[1].set(yscale="log", title="raw")
-    axes[2].plot(times, scaled_task, label="a_t L_task"), axes[2].plot(times, scaled_out, label="(1 - a_t) ratio L_kd")
-    axes[2].set(title="as S counts them")
-    axes[3].plot(times, pull, label="(1 - a_t) |L_task| / |L_kd|")
-    axes[3].set(yscale="log", title="what multiplies the gradient of L_kd")
-    for axis in axes:
-        axis.set_xlabel("t (0 = data, 1 = noise)")
-    save_figure(figure, args.out / "scaling.png")
-    print(f"wrote {args.out}/scaling.png")
-
-
-@torch.no_grad()
-def compare(args):
-    """compare.png: the teacher and the students of --compare, each column from the same noise and prompt."""
-    device = pick_device(args.device)
-    students = [load_student(folder, device) for folder in args.compare]
-    encoders = FrozenEncoders(args.teacher, device, gemma=students[0][1].get("gemma"))
-    for _, config in students:
-        check_encoders(config, encoders)
-    prompts = [prompt for prompt in prompts_of("val", 2, args.seed) for _ in range(2)]
-    seeds = [args.seed + i for i in range(len(prompts))]
-    config = students[0][1]
-    text = encode_prompts(prompts, encoders)
-    teacher = Teacher(args.teacher, text, device)
-    shape = (encoders.latent_channels, *config["latent_size"])
-    noise = torch.stack([torch.randn(shape, generator=rng(seed)) for seed in seeds])
-    ids = torch.tensor([text.captions.index(prompt) for prompt in prompts])
-    habits = config["sampling"]
-    latents = flow.euler_sample(lambda x, t, ids: teacher(x, t, ids)[0], noise.to(device), (ids,), (torch.zeros_like(ids),),
-                                28, 3.0, habits["shift"])  # fmt: skip
-    columns = [to_pictures(encoders.decode_latents(latents))]
-    columns += [draw_pictures(model, config, encoders, prompts, seeds) for model, config in students]
-    names = " | ".join(["teacher", *(str(folder) for folder in args.compare)])
-    rows = [[column[i] for i in (k, k + 1) for column in columns] for k in range(0, len(prompts), 2)]
-    save_atomically(
-        captioned_grid(rows, [f"{p}: {names}" for p in prompts[::2]], scale=2).save, args.out / "compare.png"
-    )
-    print(f"wrote {args.out}/compare.png")
-
-
-def encode_prompts(prompts, encoders):
-    """Captions without pictures, as data.Latents: what a Teacher needs to know of them."""
-    captions = ["", *dict.fromkeys(prompts)]
-    states, mask, pooled = encoders.encode_text(captions)
-    return Latents(torch.zeros(0), torch.zeros(0), captions, states.half().cpu(), mask.cpu(), pooled.half().cpu())
-
-
-def ablate(args):
-    """Train and judge the five rows of ROWS with every seed, row by row; what is finished is kept."""
-    device, results = pick_device(args.device), {name: [] for name in ROWS}
-    encoders, base = FrozenEncoders(args.teacher, device), args.seed
-    for seed in range(base, base + args.seeds):
-        for name, (losses, weighting) in ROWS.items():
-            run = copy.copy(args)
-            run.losses, run.weighting, run.seed, run.resume = losses, weighting, seed, True
-            out = args.out / f"{losses}-{weighting}-seed{seed}"
-            print(f"-- {name}, seed {seed}")
-            train(run, out)  # goes on where it was, or returns at once when it is done
-            path = out / f"mini-geneval-{args.per_family}.json"
-            if not path.is_file():
-                model, config = load_student(out, device)
-                prompts = prompts_of("val", args.per_family, 0)
-                save_json(score(draw_pictures(model, config, encoders, prompts, range(len(prompts))), prompts), path)
-            report = json.loads(path.read_text())
-            log = Log(out / "log.csv", args.steps)
-            results[name].append({"overall": report["overall"], "val_loss": log.column("val_loss")[-1],
-                                  "ms_per_step": 1000 * args.batch / log.column("pictures_per_second")[-1]})  # fmt: skip
-    print(f"\n{args.steps} steps of {args.batch} from {args.init}, seeds {base} to {base + args.seeds - 1}, {args.per_family} "
-          f"prompts a family, {describe_machine(device)}")  # fmt: skip
-    print(f"{'':36}{'mini-GenEval':>13}{'range':>17}{'val loss':>10}{'ms a step':>11}")
-    for name, runs in results.items():
-        scores, milliseconds = [run["overall"] for run in runs], [run["ms_per_step"] for run in runs]
-        print(f"{name:36}{np.mean(scores):13.3f}{f'{min(scores):.3f} to {max(scores):.3f}':>17}"
-              f"{np.mean([run['val_loss'] for run in runs]):10.4f}{np.mean(milliseconds):11.0f}")  # fmt: skip
-    save_json(results, args.out / "ablation.json")
-    print(f"wrote {args.out}/ablation.json")
-
-
 def parse_arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
     # what to do, if not to train
@@ -500,12 +383,15 @@ def parse_arguments(argv=None):
 
 def main(argv=None):
     args = parse_arguments(argv)
+    if args.plot_scaling or args.compare or args.ablate:
+        import studies  # pictures and tables about trained students, one file for stages 2 and 3
+
     if args.plot_scaling:
-        plot_scaling(args)
+        studies.plot_scaling(args)
     elif args.compare:
-        compare(args)
+        studies.compare_students(args)
     elif args.ablate:
-        ablate(args)
+        studies.ablate_losses(args, ROWS, train)
     else:
         train(args, args.out)
 

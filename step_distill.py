@@ -32,7 +32,6 @@ the README. [A] besides: the judge's noise level is logit-normal and not shifted
 
 import argparse
 import collections
-import copy
 import json
 import math
 import time
@@ -49,21 +48,17 @@ import parallel
 from checkpoint import (
     HelpFormatter,
     Log,
-    check_encoders,
     describe_machine,
     load_state,
-    load_student,
     pick_device,
-    save_atomically,
-    save_json,
     save_network,
     save_state,
 )
-from data import rng, to_pictures
-from distill import encode_prompts, scaled, start_from
-from encoders import FrozenEncoders, hash_folders
+from data import rng
+from distill import scaled, start_from
+from encoders import hash_folders
 from evaluate import prompts_of, score
-from figures import captioned_grid, curves
+from figures import curves
 from model import PRESETS
 from sample import draw_pictures
 from teacher import Teacher
@@ -78,7 +73,11 @@ from train_fm import (
     update_ema,
 )
 
-ROWS = {"adversarial only": "adv", "distillation only": "kd", "both": "adv+kd"}  # of --ablate
+ROWS = {  # of --ablate
+    "adversarial only": {"losses": "adv"},
+    "distillation only": {"losses": "kd"},
+    "both": {"losses": "adv+kd"},
+}
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -368,12 +367,8 @@ COLUMNS = ("loss_task", "loss_kd", "loss_adv", "loss_d", "penalty", "d_real", "d
 def few_step_scores(model, config, encoders, per_family, seed=1):
     """mini-GenEval with 1, 2, 4 and 8 steps, without guidance. While training: of few prompts, to watch and not to report."""
     prompts = prompts_of("val", per_family, seed)
-    return {
-        f"score_{n}": score(draw_pictures(model, config, encoders, prompts, range(len(prompts)), n, 1.0), prompts)[
-            "overall"
-        ]
-        for n in (1, 2, 4, 8)
-    }
+    pictures = {n: draw_pictures(model, config, encoders, prompts, range(len(prompts)), n, 1.0) for n in (1, 2, 4, 8)}
+    return {f"score_{n}": score(pictures[n], prompts)["overall"] for n in pictures}
 
 
 def plot(log, answers, path):
@@ -387,88 +382,6 @@ def plot(log, answers, path):
            ("collapse alarm: ratios near 1, gap near 0", same("std_ratio_low", "std_ratio_high", "mean_gap"), "linear"),
            ("mini-GenEval of few prompts", {f"{n} steps": f"score_{n}" for n in (1, 2, 4, 8)}, "linear"),
            histogram=("the judge's last answers", answers))  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Figures and the ablation
-
-
-@torch.no_grad()
-def compare(args):
-    """compare.png: rows of prompts; columns teacher 28, the student before with 28 and with 4 steps, ours with 8, 4, 2, 1."""
-    device = pick_device(args.device)
-    before, before_config = load_student(args.before, device)
-    ours, config = load_student(args.compare, device)
-    encoders = FrozenEncoders(args.teacher, device, gemma=config.get("gemma"))
-    check_encoders(config, encoders), check_encoders(before_config, encoders)
-    prompts = prompts_of("val", 2, args.seed)
-    seeds = [args.seed + i for i in range(len(prompts))]
-    text = encode_prompts(prompts, encoders)
-    teacher = Teacher(args.teacher, text, device)
-    shape = (encoders.latent_channels, *config["latent_size"])
-    noise = torch.stack([torch.randn(shape, generator=rng(seed)) for seed in seeds]).to(device)
-    ids = torch.tensor([text.captions.index(prompt) for prompt in prompts])
-    latents = solve(teacher, noise, torch.ones(len(ids)), ids, args.teacher_guidance, config["sampling"]["shift"], 28)
-    columns, seconds = [to_pictures(encoders.decode_latents(latents))], {}
-    turns = (
-        ("before 28", before, before_config, 28, before_config["sampling"]["guidance"]),
-        ("before 4", before, before_config, 4, 1.0),
-        *((f"ours {n}", ours, config, n, 1.0) for n in (8, 4, 2, 1)),
-    )
-    for copies in (
-        1,
-        5,
-        5,
-    ):  # first the pictures; then five times as many, twice and by turns, for the time: a full batch
-        for who, model, habits, steps, guidance in turns:
-            some = prompts * copies
-            text, empty = (encoders.student_text(c, model.cfg.text_dim) for c in (some, [""] * len(some)))
-            start, x = time.perf_counter(), noise.repeat(copies, 1, 1, 1)
-            latents = flow.euler_sample(model, x, text, empty, steps, guidance, habits["sampling"]["shift"])
-            latents.sum().item()  # waits for a GPU
-            if copies == 1:
-                columns.append(to_pictures(encoders.decode_latents(latents)))
-            else:
-                seconds[who] = min(seconds.get(who, math.inf), (time.perf_counter() - start) / len(some))
-    rows = [[column[k] for column in columns] for k in range(len(prompts))]
-    names = " | ".join(["teacher 28", *seconds])
-    save_atomically(captioned_grid(rows, [f"{p}: {names}" for p in prompts], scale=2).save, args.out / "compare.png")
-    print(f"seconds a picture in the UNet, {5 * len(prompts)} at once, {describe_machine(device)}:")
-    for who, value in seconds.items():
-        print(f"    {who:10}{value:8.3f}{seconds['before 28'] / value:8.1f} times as fast as before")
-    print(f"wrote {args.out}/compare.png")
-
-
-def ablate(args):
-    """Train and judge the three rows of ROWS with every seed; what is finished is kept. Above them the student before."""
-    if args.data:
-        raise SystemExit("--ablate counts shapes, and needs the shapes world: leave --data out.")
-    device, results = pick_device(args.device), {name: [] for name in ROWS}
-    encoders, base = FrozenEncoders(args.teacher, device), args.seed
-
-    def scores_of(folder, path):
-        if not path.is_file():
-            model, config = load_student(folder, device)
-            save_json(few_step_scores(model, config, encoders, args.per_family, seed=0), path)
-        return json.loads(path.read_text())
-
-    before = scores_of(args.init, args.out / f"before-{args.per_family}.json")
-    for seed in range(base, base + args.seeds):
-        for name, losses in ROWS.items():
-            run = copy.copy(args)
-            run.losses, run.seed, run.resume = losses, seed, True
-            out = args.out / f"{losses}-seed{seed}"
-            print(f"-- {name}, seed {seed}")
-            train(run, out)
-            results[name].append(scores_of(out, out / f"mini-geneval-{args.per_family}.json"))
-    print(f"\n{args.steps} steps of {args.batch} from {args.init} for {args.for_steps} steps, seeds {base} to "
-          f"{base + args.seeds - 1}, {args.per_family} prompts a family, no guidance, {describe_machine(device)}")  # fmt: skip
-    print(f"{'':20}" + "".join(f"{f'{n} steps':>24}" for n in (1, 2, 4, 8)))
-    for name, runs in {f"before: {args.init}"[:19]: [before], **results}.items():
-        cells = [[run[f"score_{n}"] for run in runs] for n in (1, 2, 4, 8)]
-        print(f"{name:20}" + "".join(f"{f'{np.mean(c):.3f} ({min(c):.3f} to {max(c):.3f})':>24}" for c in cells))
-    save_json(results, args.out / "ablation.json")
-    print(f"wrote {args.out}/ablation.json")
 
 
 def parse_arguments(argv=None):
@@ -505,7 +418,7 @@ def parse_arguments(argv=None):
     )
     # losses
     p.add_argument(
-        "--losses", choices=tuple(ROWS.values()), default="adv+kd", help="adversarial, distillation, or both"
+        "--losses", choices=("adv", "kd", "adv+kd"), default="adv+kd", help="adversarial, distillation, or both"
     )
     p.add_argument("--adv-weight", type=float, default=0.05, help="of the adversarial loss beside S(L_task, L_kd)")
     p.add_argument("--penalty", type=float, default=0.1, help="of the gradient penalty (R1) on the heads' inputs")
@@ -543,7 +456,7 @@ def parse_arguments(argv=None):
     )
     p.add_argument("--device", help="cuda, mps or cpu; chosen by itself if not given")
     args = p.parse_args(argv)
-    for name in (
+    for name in [
         "steps",
         "batch",
         "accumulate",
@@ -553,7 +466,7 @@ def parse_arguments(argv=None):
         "per_family",
         "for_steps",
         "solver_steps",
-    ):
+    ]:
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
     if not 0 <= args.own <= 1:
@@ -566,10 +479,13 @@ def parse_arguments(argv=None):
 
 def main(argv=None):
     args = parse_arguments(argv)
+    if args.compare or args.ablate:
+        import studies  # pictures and tables about trained students, one file for stages 2 and 3
+
     if args.compare:
-        compare(args)
+        studies.compare_steps(args)
     elif args.ablate:
-        ablate(args)
+        studies.ablate_few_steps(args, ROWS, train)
     else:
         train(args, args.out)
 

@@ -15,6 +15,7 @@ from torch.distributions import Normal, SigmoidTransform, TransformedDistributio
 from transformers import T5Config, T5EncoderModel
 
 import distill
+import studies
 import train_fm
 from checkpoint import load_student
 from encoders import FrozenEncoders
@@ -99,7 +100,7 @@ def test_teacher_sees_what_diffusers_pipeline_gives_it(tmp_path):
     pipe = StableDiffusion3Pipeline.from_pretrained("assets/toy-sd3")
     states, _, pooled, _ = pipe.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False)
     encoders = FrozenEncoders("assets/toy-sd3")
-    text = distill.encode_prompts(PROMPTS, encoders)
+    text = studies.encode_prompts(PROMPTS, encoders)
     teacher = Teacher("assets/toy-sd3", text, cache=tmp_path)
     assert states.shape[1] == 24 + 256 and teacher.text(torch.tensor([1]))[0].shape[1] == 25
     x, t, ids = torch.randn(2, 16, 8, 8), torch.tensor([0.3, 0.9]), torch.tensor([1, 2])
@@ -138,7 +139,7 @@ def test_teacher_with_a_t5_that_speaks(tmp_path):
     pipe = StableDiffusion3Pipeline.from_pretrained(folder)
     states, _, pooled, _ = pipe.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False)
     encoders = FrozenEncoders(folder)
-    text = distill.encode_prompts(PROMPTS, encoders)
+    text = studies.encode_prompts(PROMPTS, encoders)
     teachers = [Teacher(folder, text, cache=tmp_path / "cache") for _ in range(2)]  # the second reads the cache
     x, t, ids = torch.randn(2, 16, 8, 8), torch.tensor([0.3, 0.9]), torch.tensor([1, 2])
     with torch.no_grad():
@@ -200,7 +201,8 @@ def test_without_a_teacher_it_is_stage_one(home):
 def test_every_level_moves_the_student(home):
     """Each of the five rows of the ablation has another gradient, also at the UNet's first layer (AdamW keeps it)."""
     gradients = []
-    for losses, weighting in distill.ROWS.values():
+    for row in distill.ROWS.values():
+        losses, weighting = row["losses"], row["weighting"]
         out = home / "runs" / f"{losses}-{weighting}"
         distill.main([*SMALL, "--steps", "1", "--losses", losses, "--weighting", weighting, "--out", str(out)])
         gradients.append(

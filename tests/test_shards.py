@@ -21,6 +21,7 @@ import distill
 import sample
 import shards
 import step_distill
+import studies
 import train_fm
 from encoders import FrozenEncoders, pad_text
 from shapes import ShapesWorld
@@ -233,7 +234,7 @@ def test_all_stages_train_on_shards_with_gemma(home, tars, gemma, monkeypatch):
     streamed, _ = shards.open_shards("runs/all", encoders)
     x_t, t, _, ids = train_fm.noisy_batch(streamed, 0, 0, 4, 1.0, 0.1)
     captions = streamed.captions_of(ids.amax(1))
-    text = distill.encode_prompts(captions, encoders)
+    text = studies.encode_prompts(captions, encoders)
     known = torch.tensor([text.captions.index(caption) for caption in captions])
     with torch.no_grad():
         a = Teacher(folder, streamed)(x_t, t, ids)[0]
