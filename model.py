@@ -181,11 +181,11 @@ class RMSNorm(nn.Module):
 
 
 class RMSNormWithGradient(torch.autograd.Function):
-    """The same formula with its gradient written out: half as many passes over the numbers."""
+    """The same formula with its gradient written out: half as many passes over the numbers. Inside, always float32."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
         return x * scale * weight
 
@@ -196,7 +196,7 @@ class RMSNormWithGradient(torch.autograd.Function):
         grad_weight = (grad * normed).flatten(0, -2).sum(0)
         grad = grad * weight
         along = torch.linalg.vecdot(grad, normed).unsqueeze(-1) / x.shape[-1]  # the part along x changes nothing
-        return (grad - normed * along) * scale, grad_weight, None
+        return ((grad - normed * along) * scale).to(x.dtype), grad_weight, None
 
 
 def rope_table(height, width, head_dim, device=None, theta=1e4):

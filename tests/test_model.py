@@ -180,6 +180,20 @@ def test_rms_norm_is_torchs():
     assert norm(torch.zeros(1, 32)).isfinite().all()
 
 
+def test_half_precision_of_a_gpu_gives_nearly_the_same_gradient():
+    """Autocast to bfloat16, as training does on a GPU, here on the CPU."""
+    torch.manual_seed(0)
+    net, x = UNet(PRESETS["tiny"]), inputs(PRESETS["tiny"])
+    gradients = []
+    for half in (False, True):
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            v = net(*x)
+        v.float().square().mean().backward()
+        gradients.append(torch.cat([weight.grad.flatten() for weight in net.parameters()]))
+    assert F.cosine_similarity(*gradients, dim=0) > 0.99 and not torch.equal(*gradients)
+
+
 def test_rope_sees_only_relative_positions():
     q, k = torch.randn(64), torch.randn(64)
     cos, sin = rope_table(6, 9, 64)
