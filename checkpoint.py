@@ -26,6 +26,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+import parallel
 from model import UNet, UNetConfig
 
 
@@ -39,7 +40,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def save_atomically(save, path):
     """Call `save(temporary_path)`, then rename to `path`. A full disk ends in one sentence, with the old file intact."""
     path = Path(path)
-    beside = path.with_name(f".{os.getpid()}.{path.name}")  # keeps the ending: savers choose the format by it
+    beside = path.with_name(
+        f".{parallel.rank()}.{os.getpid()}.{path.name}"
+    )  # keeps the ending: savers choose the format by it
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save(beside)
@@ -195,7 +198,7 @@ def load_state(folder, settings, optimizers, **models):
     """
     path = Path(folder) / "train_state" / "state.safetensors"
     if not path.is_file():
-        return 0
+        return parallel.agree(0)
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata()
@@ -222,20 +225,30 @@ def load_state(folder, settings, optimizers, **models):
             values,
         ) in optimizer.state.items():  # in the weight's own memory format: fused AdamW takes it for granted
             values.update({n: torch.empty_like(weight).copy_(v) for n, v in values.items() if v.shape == weight.shape})
-    return step
+    return parallel.agree(step)
 
 
 class Log:
     """log.csv: one row per call. On resume, rows after the saved step are dropped, so that no step appears twice."""
 
     def __init__(self, path, resume_step=0):
-        self.path, self.rows = Path(path), []
+        self.path, self.rows, self.whole = Path(path), [], False
         if resume_step and self.path.is_file():
             with open(self.path, newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= resume_step]
+                whole = (row for row in csv.DictReader(file) if None not in row.values())
+                self.rows = [row for row in whole if int(row["step"]) <= resume_step]
 
     def add(self, **row):
         self.rows.append({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+        if self.whole:  # the file holds all but this one
+            try:
+                with open(self.path, "a", newline="") as file:
+                    csv.DictWriter(file, row.keys()).writerow(self.rows[-1])
+            except OSError as error:
+                raise SystemExit(
+                    f"cannot write {self.path}: {error.strerror}. What was saved before is intact."
+                ) from error
+            return
 
         def write(path):
             with open(path, "w", newline="") as file:
@@ -244,6 +257,7 @@ class Log:
                 writer.writerows(self.rows)
 
         save_atomically(write, self.path)
+        self.whole = True
 
     def column(self, name):
         return [float(row[name]) for row in self.rows]

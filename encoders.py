@@ -24,9 +24,9 @@ GEMMA_TOKENS = 128  # [A]
 
 
 def hash_folders(folders):
-    """A hash of the name, size and first megabyte of every file in these folders: other weights, another hash."""
+    """A hash of the name, size and first megabyte of every file in these folders (or of these files): other weights, another."""
     digest = hashlib.sha256()
-    for path in sorted(p for folder in folders for p in Path(folder).rglob("*") if p.is_file()):
+    for path in sorted(p for folder in map(Path, folders) for p in (folder, *folder.rglob("*")) if p.is_file()):
         with open(path, "rb") as file:
             name = path.relative_to(path.parents[1])
             digest.update(f"{name} {path.stat().st_size}".encode() + file.read(1 << 20))
@@ -157,11 +157,18 @@ class FrozenEncoders(FrozenAutoencoder):
             pooled.append(out.text_embeds.float())
         return torch.cat(states, dim=-1), mask.to(self.device), torch.cat(pooled, dim=-1)
 
+    def encode_captions(self, captions, batch=64):
+        """encode_text of many captions, `batch` at a time: float16 on the CPU, to be kept."""
+        some = (self.encode_text(captions[start : start + batch]) for start in range(0, len(captions), batch))
+        parts = [(states.half().cpu(), mask.cpu(), pooled.half().cpu()) for states, mask, pooled in some]
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
     def student_text(self, captions, width):
         """(states (B, T, width), mask (B, T)) as the student takes them: see pad_text."""
         states, mask, _ = self.encode_text(captions)
         if self.gemma is not None:
-            states, mask = join_text([(states, mask), self.gemma.encode(captions)])
+            gemma, gemma_mask = self.gemma.encode(captions)
+            states, mask = join_text([(states, mask), (gemma.to(self.device).float(), gemma_mask.to(self.device))])
         return pad_text(states, width, self.first_clip), mask
 
 
@@ -190,7 +197,7 @@ class Gemma:
 
     @torch.no_grad()
     def encode(self, captions, batch=64):
-        """Captions -> (states (B, 128, D) float32 (Gemma-2-2b: D = 2304), mask (B, 128) bool, True for real tokens).
+        """Captions -> (states (B, 128, D) float16 (Gemma-2-2b: D = 2304), mask (B, 128) bool, True for real tokens), on the CPU.
 
         The first token is always Gemma's <bos>, so an empty caption has one token. Over-long captions are cut.
         """
@@ -199,9 +206,9 @@ class Gemma:
             tokens = self.tokenizer(list(captions[start : start + batch]), padding="max_length", max_length=GEMMA_TOKENS,
                                     truncation=True, return_tensors="pt").to(self.device)  # fmt: skip
             out = self.net(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-            states.append(out.float().cpu())
+            states.append(out.half().cpu())
             masks.append(tokens.attention_mask.bool().cpu())
-        return torch.cat(states).to(self.device), torch.cat(masks).to(self.device)
+        return torch.cat(states), torch.cat(masks)
 
 
 def join_text(parts):

@@ -9,7 +9,8 @@ weights stay equal. Without torchrun there is one rank, and nothing in this file
 
 --batch is the whole batch, whatever the number of ranks. Data, noise and timesteps come from (seed, step) for the whole batch,
 of which a rank takes its rows: N ranks take the steps of one, up to the order in which floats are added, and a run may be
-resumed on another number of ranks. Rank 0 alone writes.
+resumed on another number of ranks. Rank 0 alone writes a run; pictures and shards are written by the rank that made them. All
+machines must see the same folders (--out, --data, runs/cache): what one has written, the others read.
 """
 
 import contextlib
@@ -84,6 +85,15 @@ def first_alone():
         dist.barrier()
 
 
+def agree(step):
+    """`step`, which all ranks must have found. Raises SystemExit when one sees another folder than the rest."""
+    if total(torch.tensor(step)).item() != step * world():
+        raise SystemExit(
+            f"rank {rank()} would start at step {step}, others elsewhere: --out must be one folder that all machines see."
+        )
+    return step
+
+
 def wait():
     """All ranks meet here."""
     if world() > 1:
@@ -110,8 +120,9 @@ def run_as_rank(main):
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    # Rank 0 alone encodes, validates and draws now and then; the others wait for it as long as this.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+    # Rank 0 alone encodes, validates and draws now and then, and a rank may have more to encode than the others: they wait for
+    # as long as this. A rank that is lost need not wait so long: torchrun notices.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(days=7))
     lost = (
         f"rank {rank()}: another process of this run has ended (its own message stands above or on its machine). "
         "Start all of them again with --resume, on any number of GPUs: what was saved is intact."
@@ -138,7 +149,7 @@ def run_as_rank(main):
         raise
     except RuntimeError as error:  # of torch.distributed, in several words
         if any(words in str(error) for words in ("onnection", "NCCL", "peer", "Socket")):
-            print(lost, file=sys.stderr, flush=True)
+            print(f"{error}\n{lost}", file=sys.stderr, flush=True)
             os._exit(1)  # destroying the group would wait for the lost one
         raise
     dist.destroy_process_group()

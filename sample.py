@@ -84,14 +84,16 @@ def draw_files(model, config, encoders, args, decoder):
     layout, pictures, names = benchmarks.plan(args.prompts, args.n, args.seed)
     names_of_settings = "model prompts n steps guidance shift seed resolution decoder"
     settings = {name: getattr(args, name) for name in names_of_settings.split()}
-    settings |= {"weights": hash_folders([args.model])}
+    files = [Path(args.model) / name for name in ("model.safetensors", "config.json")]
+    settings |= {"weights": hash_folders(files)}
     out = Path(args.out)
     with parallel.first_alone():
         path = out / "settings.json"
         if path.is_file() and (old := json.loads(path.read_text())) != settings:
             changed = [f"{k} was {old.get(k)}, is {v}" for k, v in settings.items() if old.get(k) != v]
             raise SystemExit(f"{out} holds other pictures: {'; '.join(changed)}. Give another --out, or delete it.")
-        save_json(settings, path)
+        if parallel.rank() == 0:
+            save_json(settings, path)
     mine = pictures[parallel.rank() :: parallel.world()]
     todo = [(out / path, prompt, seed) for path, prompt, seed in mine if not (out / path).is_file()]
     bar = tqdm(total=len(todo), desc="drawing", unit=" pictures", disable=parallel.rank() > 0)
