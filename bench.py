@@ -12,7 +12,6 @@ reaches here in the training's precision, and what the maker says where we know 
 """
 
 import argparse
-import functools
 import json
 import math
 import time
@@ -30,7 +29,7 @@ from checkpoint import HelpFormatter, describe_machine, pick_device
 from distill import Projector, combine
 from model import LADDER, PRESETS, UNet, ladder
 from teacher import T5_TOKENS, Teacher, WeightedTextAttention
-from train_fm import make_optimizers, noisy_batch, predict, update_ema
+from train_fm import autocast, make_optimizers, noisy_batch, predict, update_ema
 
 diffusers.utils.logging.set_verbosity_error()  # casting random weights is no mistake
 MODES = ("eager", "channels_last", "compile")  # how the student runs; each with what the one before has
@@ -50,20 +49,33 @@ class RandomLatents:
 
     def __init__(self, cfg, side, teacher, tokens):
         self.shape, self.tokens, self.width = (cfg.latent_channels, side, side), tokens, cfg.text_dim
+        self.drawn = {}
         self.clip_width, self.pooled_width = min(2048, teacher["joint_attention_dim"]), teacher["pooled_projection_dim"]
 
+    def random(self, *shape):
+        """Always the same numbers of a shape: drawing them is no part of what is timed."""
+        if shape not in self.drawn:
+            self.drawn[shape] = torch.randn(*shape).half()
+        return self.drawn[shape]
+
     def batch(self, seed, step, size, rows=slice(None)):
-        return torch.randn(size, *self.shape), torch.arange(size)
+        return self.random(size, *self.shape).float(), torch.arange(size)
 
     def text(self, ids):
-        return torch.randn(len(ids), self.tokens, self.width), torch.ones(len(ids), self.tokens, dtype=torch.bool)
+        mask = torch.ones(len(ids), self.tokens, dtype=torch.bool)
+        return self.random(len(ids), self.tokens, self.width), mask
 
     def clip(self, ids):
-        return torch.randn(len(ids), self.tokens, self.clip_width), torch.randn(len(ids), self.pooled_width)
+        return self.random(len(ids), 77, self.clip_width), self.random(len(ids), self.pooled_width)
+
+    def captions_of(self, ids):
+        return ids
 
 
 class RandomTeacher(Teacher):
-    """A Teacher without a folder: the transformer of TEACHERS[name] with random weights, without T5."""
+    """A Teacher without a folder: the transformer of TEACHERS[name] with random weights.
+
+    The toy's T5 says nothing, as in assets/toy-sd3; the large one's 256 tokens are random."""
 
     def __init__(self, name, data, device, dtype, layers):
         with torch.device("meta"):
@@ -78,10 +90,13 @@ class RandomTeacher(Teacher):
         )
         for weight in [*self.net.parameters(), *self.net.buffers()]:
             weight.data.normal_(0, 0.02)
-        self.net.set_attn_processor(WeightedTextAttention(T5_TOKENS))
+        self.silent, width = name == "toy", TEACHERS[name]["joint_attention_dim"]
+        self.live = lambda captions: data.random(len(captions), T5_TOKENS, width)
+        if self.silent:
+            self.net.set_attn_processor(WeightedTextAttention(T5_TOKENS))
         n = len(self.net.transformer_blocks)
-        self.data, self.device, self.dtype, self.silent, self.live, self.seen = data, device, dtype, True, None, {}
-        self.layers, self.feature_dim = tuple(layer % n for layer in layers), self.net.inner_dim
+        self.data, self.device, self.dtype, self.seen = data, device, dtype, {}
+        self.layers, self.feature_dim, self.last = tuple(layer % n for layer in layers), self.net.inner_dim, None
         for layer in self.layers:
             self.net.transformer_blocks[layer].register_forward_hook(
                 lambda block, i, out, layer=layer: self.seen.update({layer: out[1]})
@@ -90,8 +105,7 @@ class RandomTeacher(Teacher):
 
 def make_stage(stage, model, forward, data, teacher, device, args):
     """(step(number), networks that learn): one whole training step of stage 1, 2 or 3, optimizer and EMA included."""
-    ema, half = UNet(model.cfg).to(device).requires_grad_(False), device.type == "cuda"
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=half)
+    ema = UNet(model.cfg).to(device).requires_grad_(False)
     optimizers = make_optimizers(model, 1e-5, "adamw")
     if stage == 2:
         seen = []
@@ -103,7 +117,7 @@ def make_stage(stage, model, forward, data, teacher, device, args):
         judge = step_distill.Judge(teacher).to(device)
         of_heads = torch.optim.AdamW(judge.parameters(), lr=1e-5)
         times = flow.sampling_timesteps(4, 3.0)[:-1]
-        settings = argparse.Namespace(batch=args.batch, seed=0, own=0.5)
+        settings = argparse.Namespace(batch=args.batch, seed=0, own=0.5, accumulate=1)
 
     def finish(step):
         for optimizer in optimizers:
@@ -111,17 +125,17 @@ def make_stage(stage, model, forward, data, teacher, device, args):
             optimizer.zero_grad(set_to_none=True)
         update_ema(ema, model, step)
 
+    x_t, t, v, ids = noisy_batch(data, 0, 0, args.batch, 1.0, 0.1)  # once: in training a thread makes them ahead
+
     def first(step):
-        x_t, t, v, ids = noisy_batch(data, 0, step, args.batch, 1.0, 0.1)
-        with autocast():
+        with autocast(device):
             predicted = predict(forward, model.cfg, data, x_t, t, ids, device)
         (predicted.float() - v.to(device)).square().mean().backward()
         finish(step)
 
     def second(step):
-        x_t, t, v, ids = noisy_batch(data, 0, step, args.batch, 1.0, 0.1)
         seen.clear()
-        with autocast():
+        with autocast(device):
             predicted = predict(forward, model.cfg, data, x_t, t, ids, device)
             projected = phi(seen[0])
         with torch.no_grad():
@@ -140,7 +154,7 @@ def make_stage(stage, model, forward, data, teacher, device, args):
         def noised(latents):
             return flow.interpolate(latents, noise, level.to(device)), level, ids
 
-        with autocast():
+        with autocast(device):
             with torch.no_grad():
                 predicted = flow.x0_from_velocity(
                     x_t, predict(forward, model.cfg, data, x_t, t, ids, device).float(), t_on
@@ -152,7 +166,7 @@ def make_stage(stage, model, forward, data, teacher, device, args):
             v = predict(forward, model.cfg, data, x_t, t, ids, device).float()
             v_teacher = teacher(x_t, t, ids)[0].detach()
             kd, task = (v - v_teacher).square().mean((1, 2, 3)), (v - flow.velocity(x0, eps)).square().mean((1, 2, 3))
-            loss = step_distill.distillation_loss(task, kd, t_on, own).mean()
+            loss = step_distill.distillation_loss(task, kd, t_on, own, judge.ratio).mean()
             loss = loss - 0.05 * judge(*noised(flow.x0_from_velocity(x_t, v, t_on))).mean()
         loss.backward()
         of_heads.zero_grad(set_to_none=True)
@@ -270,7 +284,7 @@ def main(argv=None):
     p.add_argument("--size", choices=PRESETS, default="imagenet", help="the UNet")
     p.add_argument("--latent", type=int, help="side of the latent; default: 8, 32 or 128 by --size")
     p.add_argument("--batch", type=int, default=8, help="pictures a step")
-    p.add_argument("--tokens", type=int, default=77, help="of the text")
+    p.add_argument("--tokens", type=int, help="of the student's text; default: 77, for t2i 205, with Gemma's 128")
     p.add_argument("--stages", type=int, nargs="*", choices=(1, 2, 3), default=(1, 2, 3), help="none: the ladder alone")
     p.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="how the student runs")
     p.add_argument("--teacher", choices=TEACHERS, help="of stages 2 and 3; default: sd3.5-large for t2i, else toy")
@@ -281,6 +295,7 @@ def main(argv=None):
     p.add_argument("--device", help="cuda, mps or cpu; chosen by itself if not given")
     p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = p.parse_args(argv)
+    args.tokens = (205 if args.size == "t2i" else 77) if args.tokens is None else args.tokens
     for name in ("batch", "tokens", "rounds"):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name} must be at least 1, not {getattr(args, name)}.")

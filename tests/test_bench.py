@@ -32,7 +32,8 @@ def test_flops_are_twice_the_macs_forward_and_three_times_that_with_backward():
     model, data = UNet(PRESETS["tiny"]), bench.RandomLatents(PRESETS["tiny"], 8, bench.TEACHERS["toy"], 13)
     macs = count(PRESETS["tiny"], 8, 13)[1]
     with bench.CountFlops() as counter, torch.no_grad():
-        model(torch.randn(2, 16, 8, 8), torch.rand(2), *data.text(torch.arange(2)))
+        states, mask = data.text(torch.arange(2))
+        model(torch.randn(2, 16, 8, 8), torch.rand(2), states.float(), mask)
     assert counter.total == pytest.approx(2 * 2 * macs, rel=0.02)
     step = bench.make_stage(1, model, model, data, None, torch.device("cpu"), argparse.Namespace(batch=2))
     with bench.CountFlops() as counter:
