@@ -229,17 +229,17 @@ class Latents:
         return self.latents[index].float(), self.caption_ids[index]
 
     def text(self, ids):
-        """(states (B, T, D) float32, mask (B, T)) of captions, for the student.
+        """(states (B, T, D) float16, mask (B, T)) of captions, for the student.
 
         ids is (B,), or (B, 3) when CLIP-L, CLIP-G and Gemma may each have another: a dropped encoder has caption 0, the empty one.
         """
         if self.gemma is None:
-            return self.states[ids, : self.longest].float(), self.mask[ids, : self.longest]
+            return self.states[ids, : self.longest], self.mask[ids, : self.longest]
         large, giant, gemma = (ids if ids.dim() == 1 else ids[:, i] for i in range(3))
         clip = self.states[giant, : self.longest]
         clip[..., : self.first_clip] = self.states[large, : self.longest, : self.first_clip]
         mask = self.mask[torch.maximum(large, giant), : self.longest]
-        return join_text([(clip.float(), mask), (self.gemma[gemma].float(), self.gemma_mask[gemma])])
+        return join_text([(clip, mask), (self.gemma[gemma], self.gemma_mask[gemma])])
 
     def clip(self, ids):
         """(states (B, T, D), pooled (B, P)) float16 of captions, both CLIPs alone and padding included: for the teacher.
@@ -274,6 +274,12 @@ def rng(*key):
     """A torch.Generator seeded by integers such as (seed, step, rank): the same key, the same random numbers."""
     digest = hashlib.sha256(repr(tuple(int(k) for k in key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
+
+
+def noise_rows(shape, batch, *key, rows=slice(None)):
+    """Standard normal noise (B, *shape) of a batch; with `rows`, of a part of it. Every row has its own generator, so that a
+    GPU among many draws its own rows alone, and they are those that a single one would have drawn."""
+    return torch.stack([torch.randn(*shape, generator=rng(*key, i)) for i in range(batch)[rows]])
 
 
 def cached(path, compute):
@@ -314,17 +320,13 @@ def encode_dataset(dataset, encoders, cache="runs/cache", batch=None):
         return {"latents": torch.cat(latents), "caption_ids": torch.tensor(ids)}, list(captions)
 
     def encode_captions():
-        text = [encoders.encode_text(captions[start : start + batch]) for start in range(0, len(captions), batch)]
-        states, mask, pooled = (torch.cat(column).cpu() for column in zip(*text, strict=True))
-        return {"states": states.half(), "mask": mask, "pooled": pooled.half()}, captions
+        states, mask, pooled = encoders.encode_captions(captions, batch)
+        return {"states": states, "mask": mask, "pooled": pooled}, captions
 
     def encode_gemma():
         states, mask = encoders.gemma.encode(captions)
         longest = int(mask.any(0).sum())
-        return {
-            "gemma": states[:, :longest].half().cpu().contiguous(),
-            "gemma_mask": mask[:, :longest].cpu().contiguous(),
-        }, captions
+        return {"gemma": states[:, :longest].contiguous(), "gemma_mask": mask[:, :longest].contiguous()}, captions
 
     with parallel.first_alone():
         name = key(dataset.name, encoders.fingerprint("vae"))

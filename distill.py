@@ -59,6 +59,7 @@ from teacher import Teacher
 from train_fm import (
     BINS,
     PROMPTS,
+    autocast,
     draw_samples,
     learning_rate,
     make_optimizers,
@@ -212,7 +213,7 @@ def train(args, out):
     def losses_of(x_t, t, v, ids):
         """({"task": (b,) [, "out", "feat"]}, the cosine between both velocities): the three levels of a batch or a part of it."""
         seen.clear()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast(device):
             predicted = predict(forward, model.cfg, data, x_t, t, ids, device)
             projected = phi(seen[0]) if with_features else None
         predicted, v, cosine = predicted.float(), v.to(device), None

@@ -94,7 +94,8 @@ def read_tar(path):
     import webdataset
 
     try:
-        for sample in webdataset.WebDataset(path, shardshuffle=False, empty_check=False):
+        files = webdataset.WebDataset(path, shardshuffle=False, empty_check=False, nodesplitter=lambda urls: urls)
+        for sample in files:  # every sample of this one file: encode() gives each rank its own
             picture = next((sample[key] for key in IMAGE_KEYS if key in sample), None)
             caption = sample["txt"].decode(errors="replace").strip() if "txt" in sample else ""
             if not caption and "json" in sample:
@@ -187,14 +188,12 @@ def encode_part(part, number, encoders, args, bar, pool):
             flush()
     flush()
     texts = list(captions)
-    some = [texts[start : start + args.batch] for start in range(0, len(texts), args.batch)]
-    states, mask, pooled = (torch.cat(column).cpu() for column in zip(*map(encoders.encode_text, some), strict=True))
+    states, mask, pooled = encoders.encode_captions(texts, args.batch)
     none = torch.zeros(0, encoders.latent_channels, *[args.resolution // encoders.factor] * 2).half()
     tensors = {"latents": torch.cat(latents or [none]), "caption_ids": torch.tensor(ids, dtype=torch.int64),
-               "states": states.half(), "mask": mask, "pooled": pooled.half()}  # fmt: skip
+               "states": states, "mask": mask, "pooled": pooled}  # fmt: skip
     if encoders.gemma is not None:
-        gemma, gemma_mask = encoders.gemma.encode(texts, args.batch)
-        tensors |= {"gemma": gemma.half().cpu(), "gemma_mask": gemma_mask.cpu()}
+        tensors["gemma"], tensors["gemma_mask"] = encoders.gemma.encode(texts, args.batch)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, texts, names, left_out
 
 
@@ -224,11 +223,13 @@ def encode(args):
             raise SystemExit(
                 f"{args.out} was begun otherwise: {'; '.join(changed)}. Use the same settings or another --out."
             )
-        save_json(settings, path)
+        if parallel.rank() == 0:
+            save_json(settings, path)
 
-    mine = [k for k in range(len(parts)) if k % parallel.world() == parallel.rank()]
-    todo = [k for k in mine if not (args.out / f"{k:05d}.safetensors").is_file()]
-    bar = tqdm(desc=f"{kind}, {len(todo)} of {len(parts)} shards to encode", unit=" pictures", mininterval=1,
+    missing = [k for k in range(len(parts)) if not (args.out / f"{k:05d}.safetensors").is_file()]
+    parallel.wait()  # all have looked before the first one writes
+    todo = missing[parallel.rank() :: parallel.world()]
+    bar = tqdm(desc=f"{kind}, {len(missing)} of {len(parts)} shards to encode", unit=" pictures", mininterval=1,
                disable=parallel.rank() > 0)  # fmt: skip
     with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
         for number in todo:
@@ -287,12 +288,12 @@ def open_shard(path):
 class ShardedLatents(Latents):
     """data.Latents that stay on the disk: training asks for the pictures and captions of a batch, in any order.
 
-    The order is that of Latents, a function of (seed, step), so a run resumes at the very picture. Caption ids count through
-    all shards; 0 is the empty caption. Text states that were read lately are kept (`keep` captions).
+    The order is that of Latents, a function of (seed, step), so a resumed run sees what it would have seen. Caption ids count
+    through all shards; 0 is the empty caption. The text states read last stay in memory (`keep` captions).
 
     Args:
         folder: what data.py encode wrote. encoders: the FrozenEncoders of the run, which must be those that encoded it.
-        held_out: the pictures of the validation set (every 20th, at most 256) instead of all others.
+        held_out: the pictures of the validation set (every 20th; of many pictures some 256) instead of all others.
 
     Raises:
         SystemExit: no index, a shard missing or damaged, or encoded by other encoders.
@@ -329,7 +330,9 @@ class ShardedLatents(Latents):
         every = max(20, n // 256)
         of_validation = numbers % every == every - 1 if n >= 20 else torch.full((n,), held_out)
         self.numbers = numbers[of_validation if held_out else ~of_validation]
-        self.first_clip, self.open = self.index["first_clip"], functools.lru_cache(128)(self._open)
+        self.first_clip = self.index["first_clip"]
+        self.open = functools.cache(self._open)  # all of them stay open: a batch takes its pictures from anywhere
+        self.captions_in = functools.lru_cache(8)(lambda k: json.loads(self.open(k)[0].metadata()["captions"]))
 
     name = property(lambda self: f"shards-{self.index['settings']}")
     shape = property(lambda self: torch.Size(self.index["latent"]))
@@ -341,7 +344,7 @@ class ShardedLatents(Latents):
 
     def _open(self, k):
         file = open_shard(self.folder / self.index["shards"][k]["file"])
-        return file, json.loads(file.metadata()["captions"]), file.get_tensor("caption_ids")
+        return file, file.get_tensor("caption_ids")
 
     def _find(self, number, first):
         """(shard, place within it) of a picture or caption number."""
@@ -352,7 +355,7 @@ class ShardedLatents(Latents):
         latents, ids = [], []
         for number in self.numbers[index]:
             k, i = self._find(number, self.first_picture)
-            file, _, caption_ids = self.open(k)
+            file, caption_ids = self.open(k)
             latents.append(file.get_slice("latents")[i : i + 1])
             ids.append(int(self.first_caption[k] + caption_ids[i]))
         return torch.cat(latents).float(), torch.tensor(ids)
@@ -363,7 +366,7 @@ class ShardedLatents(Latents):
     def captions_of(self, ids):
         """The captions with these numbers, as strings."""
         places = [self._find(number, self.first_caption) for number in ids]
-        return [self.open(k)[1][i] for k, i in places]
+        return [self.captions_in(k)[i] for k, i in places]
 
     def rows(self, ids):
         """{name: (B, ...)} of the text of captions `ids` (B,): states, mask, pooled [, gemma, gemma_mask]."""
@@ -380,14 +383,13 @@ class ShardedLatents(Latents):
         return {name: torch.stack([row[name] for row in found]) for name in found[0]}
 
     def text(self, ids):
-        columns = [ids] * 3 if ids.dim() == 1 else ids.unbind(1)
-        large, giant, gemma = (self.rows(column) for column in columns)
+        large, giant, gemma = [self.rows(ids)] * 3 if ids.dim() == 1 else map(self.rows, ids.unbind(1))
         states, mask = giant["states"][:, : self.longest], (large["mask"] | giant["mask"])[:, : self.longest]
         states[..., : self.first_clip] = large["states"][:, : self.longest, : self.first_clip]
         if "gemma" not in gemma:
-            return states.float(), mask
+            return states, mask
         end = self.index["gemma_longest"]
-        return join_text([(states.float(), mask), (gemma["gemma"][:, :end].float(), gemma["gemma_mask"][:, :end])])
+        return join_text([(states, mask), (gemma["gemma"][:, :end], gemma["gemma_mask"][:, :end])])
 
     def clip(self, ids):
         rows = self.rows(ids if ids.dim() == 1 else ids.amax(1))
@@ -399,7 +401,7 @@ def open_shards(folder, encoders):
     return ShardedLatents(folder, encoders), ShardedLatents(folder, encoders, held_out=True)
 
 
-def main(argv=None):
+def parse_arguments(argv=None):
     p = argparse.ArgumentParser(
         prog="data.py encode", description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter
     )
@@ -429,4 +431,8 @@ def main(argv=None):
         if getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
     args.min_side = args.resolution if args.min_side is None else args.min_side
-    encode(args)
+    return args
+
+
+def main(argv=None):
+    encode(parse_arguments(argv))

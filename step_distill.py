@@ -54,7 +54,7 @@ from checkpoint import (
     save_network,
     save_state,
 )
-from data import rng
+from data import noise_rows, rng
 from distill import scaled, start_from
 from encoders import hash_folders
 from evaluate import prompts_of, score
@@ -64,6 +64,7 @@ from sample import draw_pictures
 from teacher import Teacher
 from train_fm import (
     PROMPTS,
+    autocast,
     draw_samples,
     learning_rate,
     make_optimizers,
@@ -131,6 +132,9 @@ class Judge(nn.Module):
             )
             for _ in teacher.layers
         )  # fmt: skip
+        self.register_buffer(
+            "ratio", torch.tensor(1.0)
+        )  # of distillation_loss: kept here, so that it is saved with the heads
 
     def features(self, latents, t, ids):
         """What the heads see: the blocks' features (B, D, h, w), scaled to deviation 1, since deep blocks have large ones."""
@@ -157,14 +161,14 @@ def hinge(on_real, on_fake):
     return F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()
 
 
-def distillation_loss(task, kd, t, own):
+def distillation_loss(task, kd, t, own, ratio):
     """S(L_task, L_kd) of real points; on own points, which have no x_0, L_kd alone, brought to L_task's size as S does.
 
-    task, kd, t (B,), own (B,) bool -> (B,). At the shifted start times of 4 steps, t = 1, 0.9, 0.75, 0.5, a_t is 0, 0.25, 0.73, 1:
-    at the last one real points learn from the data alone, and the target reaches the student through own points and the judge.
+    task, kd, t (B,), own (B,) bool -> (B,). `ratio` is L_task / L_kd of real points, a running mean over the steps before: then
+    the loss of a picture does not depend on which others share its part of the batch. At the shifted start times of 4 steps,
+    t = 1, 0.9, 0.75, 0.5, a_t is 0, 0.25, 0.73, 1: at the last one real points learn from the data alone, and the target
+    reaches the student through own points and the judge.
     """
-    of_real = parallel.total(torch.stack([task[~own].sum(), kd[~own].sum()]).detach())  # of all GPUs
-    ratio = of_real[0] / of_real[1] if of_real[1] > 0 else 1.0
     return torch.where(own, ratio * kd, scaled(task, kd, t))
 
 
@@ -179,11 +183,15 @@ def starting_points(model, data, args, times, step, device, rows=slice(None)):
     Half of the rows below t = 1 (--own) are not noised real latents but points of the student's own way from noise: when it
     draws, its second step starts where its first one led, not on the straight line to a real picture. No x_0 lies behind them,
     so L_task leaves them out. At t = 1 there is nothing to choose: x_t is noise, and any x_0 may lie behind it.
+
+        t = 1          0.9            0.75           0.5
+        eps ---------> x ----------> x ----------> x            own: sampled so far, stopped at the row's own t
+                       (1-t) x0 + t eps, anywhere               real: between a picture and noise
     """
     x0, ids = data.batch(args.seed, step, args.batch, rows)
-    g = rng(args.seed, step, 3)
-    eps = torch.randn((args.batch, *data.shape), generator=g)[rows]
-    which = torch.randint(len(times), (args.batch,), generator=g)
+    g = rng(args.seed, step, 1)
+    eps = noise_rows(data.shape, args.batch, args.seed, step, 2, rows=rows)
+    which = torch.randint(len(times), (args.batch,), generator=g)  # of the start times
     own = ((torch.rand(args.batch, generator=g) < args.own) & (which > 0))[rows]
     which = which[rows]
     t = times[which]
@@ -191,11 +199,12 @@ def starting_points(model, data, args, times, step, device, rows=slice(None)):
     x = eps[own]
     for k in range(len(times) - 1):  # walk all of them down; a row stops at its own time
         far = which[own] > k
-        if far.any():
-            now = times[k].expand(int(far.sum()))
-            with torch.no_grad():
-                v = predict(model, model.cfg, data, x[far], now, ids[own][far], device).float().cpu()
-            x[far] = x[far] + (times[k + 1] - times[k]) * v
+        at_once = max(1, len(t) // args.accumulate)  # as in training
+        for part in far.nonzero()[:, 0].split(at_once) if far.any() else ():
+            now = times[k].expand(len(part))
+            with torch.no_grad(), autocast(device):
+                v = predict(model, model.cfg, data, x[part], now, ids[own][part], device).float().cpu()
+            x[part] = x[part] + (times[k + 1] - times[k]) * v
     x_t[own] = x
     return x0, eps, x_t, t, ids, own
 
@@ -256,7 +265,7 @@ def train(args, out):
               f"steps {start_step} to {args.steps}")  # fmt: skip
 
     def velocity_of(net, part):
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast(device):
             return predict(net, model.cfg, data, x_t[part], t[part], ids[part], device).float()
 
     def judged(latents, part):
@@ -271,13 +280,13 @@ def train(args, out):
             for group in optimizer.param_groups:
                 peak = args.heads_lr if optimizer is of_heads else args.lr
                 group["lr"] = learning_rate(step, args.steps, peak, warmup=50)
-        values, predictions = collections.defaultdict(float), []
+        values, predictions, sums = collections.defaultdict(float), [], torch.zeros(2, device=device)
         x0, eps, x_t, t, ids, own = starting_points(model, data, args, times, step, device, rows)
-        g = rng(args.seed, step, 4)
+        g = rng(args.seed, step, 3)
         level = flow.logit_normal_timesteps(args.batch, generator=g)[
             rows
         ]  # how noisy the judge sees them, anew every step
-        noise = torch.randn((args.batch, *data.shape), generator=g)[rows]
+        noise = noise_rows(data.shape, args.batch, args.seed, step, 4, rows=rows)
         parts = torch.arange(len(t)).chunk(args.accumulate)  # one part, unless memory is short
 
         # First the judge, D. The student's pictures come without a graph: nothing here may reach the student. The teacher's
@@ -311,10 +320,12 @@ def train(args, out):
                     kd = (v - v_teacher).square().mean((1, 2, 3))  # (b,)   || v_T - v_theta ||^2
                     data_velocity = flow.velocity(x0[part], eps[part]).to(device)
                     task = (v - data_velocity).square().mean((1, 2, 3))  # (b,)   of real points only
-                    loss = distillation_loss(task, kd, t_part, own[part].to(device)).mean()
+                    of_real = ~own[part].to(device)
+                    loss = distillation_loss(task, kd, t_part, ~of_real, judge.ratio).mean()
+                    sums += torch.stack([task[of_real].sum(), kd[of_real].sum()]).detach()
                     values["loss_kd"] += kd.detach().mean() / len(parts)
-                    if not own[part].all():
-                        values["loss_task"] += task[~own[part].to(device)].detach().mean() / len(parts)
+                    if of_real.any():
+                        values["loss_task"] += task[of_real].detach().mean() / len(parts)
                 if adversarial:  # no hinge here: the student may please the judge as much as it can
                     fooling = -judge(*judged(predicted, part)).mean()
                     loss = loss + args.adv_weight * fooling
@@ -326,9 +337,14 @@ def train(args, out):
             stop_on_nan(step, out, f"{args.lr} (or --heads-lr {args.heads_lr})")
         for optimizer in of_student:
             optimizer.step()
-        for optimizer in optimizers:
+        for (
+            optimizer
+        ) in optimizers:  # the heads' as well: they gathered a gradient in the student's turn, which is not theirs
             optimizer.zero_grad(set_to_none=True)
         update_ema(ema, model, step, longest=0.995)
+        if distilling:
+            of_all = parallel.total(sums)
+            judge.ratio.lerp_(of_all[0] / of_all[1].clamp(min=1e-12), 0.05 if step else 1.0)
 
         # Collapse alarm: of every channel, the deviation of the predicted latents beside the real ones', and the means' gap.
         predicted, x0 = torch.cat(predictions), x0.to(device)

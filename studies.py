@@ -84,8 +84,7 @@ def load_students(folders, args):
 def encode_prompts(prompts, encoders):
     """Captions without pictures, as data.Latents: what a Teacher needs to know of them."""
     captions = ["", *dict.fromkeys(prompts)]
-    states, mask, pooled = encoders.encode_text(captions)
-    return Latents(torch.zeros(0), torch.zeros(0), captions, states.half().cpu(), mask.cpu(), pooled.half().cpu())
+    return Latents(torch.zeros(0), torch.zeros(0), captions, *encoders.encode_captions(captions))
 
 
 def draw_with_teacher(args, encoders, prompts, noise, shift):

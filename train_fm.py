@@ -24,7 +24,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -43,7 +42,7 @@ from checkpoint import (
     save_network,
     save_state,
 )
-from data import CaptionedFolder, ahead, encode_dataset, rng, to_pictures
+from data import CaptionedFolder, ahead, encode_dataset, noise_rows, rng, to_pictures
 from encoders import FrozenEncoders, pad_text
 from figures import curves, stack
 from model import PRESETS, UNet
@@ -135,12 +134,12 @@ def open_data(args, encoders):
 def noisy_batch(data, seed, step, batch, shift, caption_dropout, rows=slice(None)):
     """One training batch from (seed, step) alone: x_t, t, the target velocity and the captions' ids, all on the CPU.
 
-    With `rows`, those of one GPU: drawn for the whole batch all the same, so that N GPUs see what one would have seen.
+    With `rows`, those of one GPU: N GPUs see what one would have seen.
     """
     g = rng(seed, step)
     dropped = torch.rand(batch, generator=g) < caption_dropout
     t = flow.logit_normal_timesteps(batch, shift, generator=g)[rows]
-    eps = torch.randn((batch, *data.shape), generator=g)[rows]
+    eps = noise_rows(data.shape, batch, seed, step, 0, rows=rows)
     x0, ids = data.batch(seed, step, batch, rows)
     ids = torch.where(dropped[rows], 0, ids)  # caption 0 is the empty one
     if data.several_encoders:  # each of them is dropped apart besides [S]; ids becomes (B, 3)
@@ -151,18 +150,27 @@ def noisy_batch(data, seed, step, batch, shift, caption_dropout, rows=slice(None
 def predict(net, cfg, source, x_t, t, ids, device):
     """The velocity that a UNet of config `cfg` sees in x_t (B, 16, h, w) at t, with captions ids of `source`."""
     states, mask = source.text(ids)
-    states = pad_text(states, cfg.text_dim, source.first_clip)  # (B, T, text_dim)
-    return net(x_t.to(device), t.to(device), states.to(device), mask.to(device))
+    states = pad_text(states.to(device).float(), cfg.text_dim, source.first_clip)  # (B, T, text_dim)
+    return net(x_t.to(device), t.to(device), states, mask.to(device))
+
+
+def autocast(device):
+    """Inside it a GPU multiplies and convolves in bfloat16, with weights and sums in float32; elsewhere nothing changes."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 @torch.no_grad()
 def validate(model, val, shift, device):
     """Mean squared error of a UNet on fixed pictures, noise and times."""
     losses, size = [], min(64, len(val))
+    at_once = max(1, 64 * 32**2 // math.prod(val.shape[1:]))  # pictures: of large latents only some fit
     for i in range(min(4, math.ceil(len(val) / 64))):
         x_t, t, v, ids = noisy_batch(val, 1, i, size, shift, caption_dropout=0.0)
-        losses.append(F.mse_loss(predict(model, model.cfg, val, x_t, t, ids, device).float().cpu(), v).item())
-    return sum(losses) / len(losses)
+        for part in torch.arange(size).split(at_once):
+            with autocast(device):
+                predicted = predict(model, model.cfg, val, x_t[part], t[part], ids[part], device)
+            losses.append((predicted.float().cpu() - v[part]).square().mean((1, 2, 3)))
+    return torch.cat(losses).mean().item()
 
 
 def draw_samples(out, step, model, encoders, prompts, shape, sampling, seed):
@@ -258,7 +266,7 @@ def main(argv=None):
         losses = []
         for part in torch.arange(len(t)).chunk(args.accumulate):  # one part, unless memory is short
             with parallel.averaging(forward, now=part[-1] == len(t) - 1):
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                with autocast(device):
                     predicted = predict(forward, model.cfg, data, x_t[part], t[part], ids[part], device)
                 # (b,)   || v_theta(x_t, t, c) - v ||^2
                 losses.append((predicted.float() - v[part].to(device)).square().mean((1, 2, 3)))

@@ -18,7 +18,7 @@ import sys
 sys.path.insert(0, {root!r})
 import distill, parallel, step_distill, train_fm
 
-SMALL = "--pictures 64 --batch 8 --device cpu --lr 1e-2 --save-every 4 --resume --steps {steps}".split()
+SMALL = "--pictures 64 --batch 8 --device cpu --lr 1e-2 --save-every 4 --resume --steps {steps} --accumulate {parts}".split()
 
 def main():
     train_fm.main([*SMALL, "--init", "assets/zoo/fm", "--out", "{out}/fm"])
@@ -32,7 +32,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 def run_stages(home, out, steps, two):
     script = home / f"{out}.py"
-    script.write_text(STAGES.format(root=str(ROOT), out=f"runs/{out}", steps=steps))
+    script.write_text(STAGES.format(root=str(ROOT), out=f"runs/{out}", steps=steps, parts=2 if two else 1))
     command = [*TORCHRUN, str(script)] if two else [sys.executable, str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=600)
@@ -45,7 +45,7 @@ def weights(home, out, stage):
 
 
 def test_two_processes_take_the_steps_of_one_and_either_resumes_the_other(home):
-    """All three stages, four steps of one process; of two; and two steps of two, gone on by one."""
+    """All three stages, four steps of one process; of two, in two parts each; and two steps of two, gone on by one."""
     run_stages(home, "one", 4, two=False)
     run_stages(home, "two", 4, two=True)
     for stage in ("fm", "distill", "step_distill"):
