@@ -231,7 +231,9 @@ class Latents:
     def text(self, ids):
         """(states (B, T, D) float16, mask (B, T)) of captions, for the student.
 
-        ids is (B,), or (B, 3) when CLIP-L, CLIP-G and Gemma may each have another: a dropped encoder has caption 0, the empty one.
+        ids is (B,): a caption for each picture, 0 the empty one. With Gemma, training drops each encoder by itself; then ids is
+        (B, 3), a column each for CLIP-L, CLIP-G and Gemma, and a dropped encoder reads caption 0. Whoever wants the caption of
+        the picture takes the row's maximum: 0 only if all three have dropped it.
         """
         if self.gemma is None:
             return self.states[ids, : self.longest], self.mask[ids, : self.longest]

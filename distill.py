@@ -238,8 +238,9 @@ def train(args, out):
             group["lr"] = learning_rate(step, args.steps, args.lr)
 
         values, all_losses = collections.defaultdict(float), []
-        for part in torch.arange(len(t)).chunk(args.accumulate):  # one part, unless memory is short
-            with parallel.averaging(forward, now=part[-1] == len(t) - 1):
+        parts = torch.arange(len(t)).chunk(args.accumulate)  # one part, unless memory is short
+        for part in parts:
+            with parallel.averaging(forward, now=part is parts[-1]):
                 losses, cosine = losses_of(x_t[part], t[part], v[part], ids[part])
                 loss = combine(losses, t[part].to(device), args.weighting, fixed)
                 (loss / args.accumulate).backward()

@@ -77,7 +77,7 @@ def total(tensor):
 
 @contextlib.contextmanager
 def first_alone():
-    """Rank 0 goes first, the others follow: what it computed and saved, they find."""
+    """All ranks run what is inside, rank 0 before the others: what it computed and saved, they find."""
     if rank() > 0:
         dist.barrier()
     yield
@@ -128,7 +128,8 @@ def run_as_rank(main):
         "Start all of them again with --resume, on any number of GPUs: what was saved is intact."
     )
 
-    # torchrun ends the others by SIGTERM. A thread hears it even while this one waits inside a collective operation.
+    # torchrun ends the others by SIGTERM. Python would call a signal handler only when this thread is back in Python, and inside
+    # a collective operation it waits for the lost one for ever; so a second thread listens, on a pipe into which the signal writes.
     heard, tell = os.pipe()
     os.set_blocking(tell, False)
     signal.set_wakeup_fd(tell)

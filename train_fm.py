@@ -264,8 +264,9 @@ def main(argv=None):
             group["lr"] = learning_rate(step, args.steps, args.lr)
 
         losses = []
-        for part in torch.arange(len(t)).chunk(args.accumulate):  # one part, unless memory is short
-            with parallel.averaging(forward, now=part[-1] == len(t) - 1):
+        parts = torch.arange(len(t)).chunk(args.accumulate)  # one part, unless memory is short
+        for part in parts:
+            with parallel.averaging(forward, now=part is parts[-1]):
                 with autocast(device):
                     predicted = predict(forward, model.cfg, data, x_t[part], t[part], ids[part], device)
                 # (b,)   || v_theta(x_t, t, c) - v ||^2

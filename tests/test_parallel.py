@@ -69,7 +69,7 @@ def test_two_processes_take_the_steps_of_one_and_either_resumes_the_other(home):
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the process to kill in /proc")
 def test_a_lost_process_ends_the_other_with_one_sentence(home):
     script = home / "long.py"
-    script.write_text(STAGES.format(root=str(ROOT), out="runs/lost", steps=100_000))
+    script.write_text(STAGES.format(root=str(ROOT), out="runs/lost", steps=100_000, parts=1))
     log = open(home / "lost.log", "w+")
     process = subprocess.Popen([*TORCHRUN, str(script)], cwd=home, stdout=log, stderr=log,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
@@ -91,6 +91,18 @@ def test_a_lost_process_ends_the_other_with_one_sentence(home):
     log.seek(0)
     assert "rank 0: another process of this run has ended" in log.read()
     safetensors.torch.load_file(state)  # whole
+
+
+def test_ranks_that_see_different_folders_do_not_go_on(home):
+    script = home / "apart.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import parallel
+parallel.launch(lambda: parallel.agree(parallel.rank()))
+""")
+    result = subprocess.run([*TORCHRUN, str(script)], cwd=home, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0 and "one folder that all machines see" in result.stderr
 
 
 def test_rows(monkeypatch):
