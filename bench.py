@@ -263,19 +263,27 @@ def sdxl():
 
 @torch.no_grad()
 def bench_ladder(args, device, side):
-    """Forward time of each ladder step at the paper's widths, and of SDXL's UNet, taking turns."""
+    """Forward time of each ladder step at the paper's widths, and of SDXL's UNet, one after the other."""
     half = torch.bfloat16 if device.type == "cuda" else torch.float32
-    nets = {step: (UNet(ladder(step)), 768) for step in LADDER} | ({"SDXL": (sdxl(), 2048)} if args.sdxl else {})
+    builders = {step: (lambda step=step: UNet(ladder(step)), 768) for step in LADDER}
+    builders |= {"SDXL": (sdxl, 2048)} if args.sdxl else {}
     seconds = {}
-    for name, (net, width) in nets.items():
-        net = net.to(device, half, memory_format=torch.channels_last).eval()
+    for name, (build, width) in builders.items():
+        with torch.device("meta"):  # built when its turn comes: together they would not fit into 24 GB
+            net = build()
+        net = net.to_empty(device=device).to(half, memory_format=torch.channels_last).eval()
+        for weight in net.parameters():
+            weight.normal_(0, 0.02)
         x, t = torch.randn(args.batch, 16, side, side, device=device, dtype=half), torch.rand(args.batch, device=device)
         text = torch.randn(args.batch, args.tokens, width, device=device, dtype=half)
         seconds[name] = median_seconds(lambda k, net=net, x=x, t=t, text=text: net(x, t, text), device, args.rounds)
         parameters = sum(p.numel() for p in net.parameters()) / 1e6
         change = f"{100 * (seconds[name] / seconds['a'] - 1):+8.1f} % against a"
-        print(f"forward {name:5}{parameters:9.1f} M{1000 * seconds[name] / args.batch:10.2f} ms a picture{change}")
-        net.to("cpu" if device.type != "cpu" else "meta")
+        print(
+            f"forward {name:5}{parameters:9.1f} M{1000 * seconds[name] / args.batch:10.2f} ms a picture{change}",
+            flush=True,
+        )
+        del net
     return seconds
 
 
