@@ -19,6 +19,7 @@ import studies
 import train_fm
 from checkpoint import load_student
 from encoders import FrozenEncoders
+from evaluate import prompts_of
 from sample import draw_pictures
 from teacher import Teacher
 
@@ -213,6 +214,7 @@ def test_every_level_moves_the_student(home):
 
 
 def test_figures_and_ablation(home, finished, capsys, monkeypatch):
+    monkeypatch.setattr(studies, "prompts_of", lambda split, n, seed: prompts_of(split, 1, seed))  # fewer pictures
     monkeypatch.setattr(
         distill, "ROWS", dict(list(distill.ROWS.items())[1::2])
     )  # two of the five: each was trained above

@@ -14,9 +14,11 @@ from diffusers import SD3Transformer2DModel
 import distill
 import flow
 import step_distill
+import studies
 import train_fm
 from checkpoint import load_student
 from encoders import FrozenEncoders
+from evaluate import prompts_of
 from sample import draw_pictures
 
 pytestmark = pytest.mark.usefixtures("at_home")
@@ -185,7 +187,8 @@ def test_judge_answers_for_every_head_and_token_and_trains_only_heads():
     latents = torch.randn(3, 16, 4, 4, requires_grad=True)
     answers = judge(latents, torch.ones(3), torch.zeros(3, dtype=torch.long))
     assert answers.shape == (3, 2 * 16)
-    assert all(name.startswith("heads.") for name in judge.state_dict())
+    assert all(name.startswith("heads.") for name, _ in judge.named_parameters())
+    assert all(name.startswith(("heads.", "ratio")) for name in judge.state_dict())  # the teacher is not saved
     answers.mean().backward()
     assert latents.grad.abs().sum() > 0  # this is how the student learns
 
@@ -367,7 +370,8 @@ def test_turbo_folder_of_another_shape(tmp_path, home):
     assert load_student(out)[1]["settings"]["turbo"] == str(folder)
 
 
-def test_figures_and_ablation(home, finished, capsys):
+def test_figures_and_ablation(home, finished, capsys, monkeypatch):
+    monkeypatch.setattr(studies, "prompts_of", lambda split, n, seed: prompts_of(split, 1, seed))  # fewer pictures
     step_distill.main([*SMALL, "--compare", str(finished), "--before", "assets/zoo/fm", "--out", "runs/figures"])
     assert (home / "runs/figures/compare.png").is_file() and "times as fast" in capsys.readouterr().out
     arguments = [*SMALL, "--ablate", "--steps", "1", "--seeds", "1", "--per-family", "1", "--out", "runs/ablation"]
