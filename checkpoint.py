@@ -40,9 +40,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def save_atomically(save, path):
     """Call `save(temporary_path)`, then rename to `path`. A full disk ends in one sentence, with the old file intact."""
     path = Path(path)
-    beside = path.with_name(
-        f".{parallel.rank()}.{os.getpid()}.{path.name}"
-    )  # keeps the ending: savers choose the format by it
+    # The name keeps its ending, by which savers choose the format.
+    beside = path.with_name(f".{parallel.rank()}.{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save(beside)

@@ -283,9 +283,8 @@ def train(args, out):
         values, predictions, sums = collections.defaultdict(float), [], torch.zeros(2, device=device)
         x0, eps, x_t, t, ids, own = starting_points(model, data, args, times, step, device, rows)
         g = rng(args.seed, step, 3)
-        level = flow.logit_normal_timesteps(args.batch, generator=g)[
-            rows
-        ]  # how noisy the judge sees them, anew every step
+        # How noisy the judge sees them, anew every step, and the noise.
+        level = flow.logit_normal_timesteps(args.batch, generator=g)[rows]
         noise = noise_rows(data.shape, args.batch, args.seed, step, 4, rows=rows)
         parts = torch.arange(len(t)).chunk(args.accumulate)  # one part, unless memory is short
 
@@ -337,14 +336,14 @@ def train(args, out):
             stop_on_nan(step, out, f"{args.lr} (or --heads-lr {args.heads_lr})")
         for optimizer in of_student:
             optimizer.step()
-        for (
-            optimizer
-        ) in optimizers:  # the heads' as well: they gathered a gradient in the student's turn, which is not theirs
+        # The heads' gradients go as well: what they gathered in the student's turn is not theirs to follow.
+        for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         update_ema(ema, model, step, longest=0.995)
         if distilling:
             of_all = parallel.total(sums)
-            judge.ratio.lerp_(of_all[0] / of_all[1].clamp(min=1e-12), 0.05 if step else 1.0)
+            if of_all[1] > 0:  # with --own 1 a small batch may hold no real point
+                judge.ratio.lerp_(of_all[0] / of_all[1], 0.05 if step else 1.0)
 
         # Collapse alarm: of every channel, the deviation of the predicted latents beside the real ones', and the means' gap.
         predicted, x0 = torch.cat(predictions), x0.to(device)

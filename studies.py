@@ -1,10 +1,12 @@
 """Pictures and tables about trained students of stages 2 and 3: what the README shows, and no stage needs to run.
 
-python distill.py --plot-scaling [DIR]           # Fig. 6 in small: who teaches when, and how strongly
-python distill.py --compare DIR [DIR ...]        # teacher | students, from the same noise
-python distill.py --ablate                       # no teacher, one level, two levels; fixed and timestep-aware weights
-python step_distill.py --compare DIR             # teacher | before: 28, 4 | after: 8, 4, 2, 1 steps, and their times
-python step_distill.py --ablate                  # adversarial only, distillation only, both
+The stages call it by flags of their own:
+
+    python distill.py --plot-scaling [DIR]           # Fig. 6 in small: who teaches when, and how strongly
+    python distill.py --compare DIR [DIR ...]        # teacher | students, from the same noise
+    python distill.py --ablate                       # no teacher, one level, two levels; fixed and timestep-aware weights
+    python step_distill.py --compare DIR             # teacher | before: 28, 4 | after: 8, 4, 2, 1 steps, and their times
+    python step_distill.py --ablate                  # adversarial only, distillation only, both
 """
 
 import copy
