@@ -29,7 +29,7 @@ import torch
 
 import mil_interpreter as mil
 from checkpoint import HelpFormatter, describe_machine, save_json
-from decoder import run_alone
+from decoder_studies import run_alone
 from mil_interpreter import ct
 from model import LADDER, UNet, ladder
 

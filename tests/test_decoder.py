@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 import decoder
+import decoder_studies
 import sample
 from encoders import FrozenAutoencoder
 
@@ -34,15 +35,17 @@ def finished(home):
 
 
 def test_the_sd3_preset_has_the_papers_size():
-    params, macs = decoder.count_decoder(decoder.PRESETS["sd3"], 128)
+    params, macs = decoder_studies.count_decoder(decoder.PRESETS["sd3"], 128)
     assert abs(params / 1.38e6 - 1) < 0.02 and abs(macs / 224e9 - 1) < 0.02
 
 
 def test_the_paper_compares_with_these_decoders():
     for name in ("SDXL", "SD3"):
         with torch.device("meta"):
-            params, macs = decoder.count(decoder.build(name), torch.empty(1, 4 if name == "SDXL" else 16, 128, 128))
-        _, paper_params, paper_macs, _ = decoder.TABLE_2[name]
+            params, macs = decoder_studies.count(
+                decoder_studies.build(name), torch.empty(1, 4 if name == "SDXL" else 16, 128, 128)
+            )
+        _, paper_params, paper_macs, _ = decoder_studies.TABLE_2[name]
         attention = 2 * (128 * 128) ** 2 * 512  # queries with keys, and weights with values: the paper leaves them out
         assert abs(params / 1e6 / paper_params - 1) < 0.01 and abs((macs - attention) / 1e9 / paper_macs - 1) < 0.01
 
@@ -94,9 +97,9 @@ def test_drawing_strip_by_strip_is_the_same():
 
 def test_each_switch_costs_what_it_should():
     side, tiny = 8, decoder.PRESETS["tiny"]
-    ours = decoder.count_decoder(tiny, side)
+    ours = decoder_studies.count_decoder(tiny, side)
     for name, switch in decoder.ABLATIONS.items():
-        params, macs = decoder.count_decoder(replace(tiny, **switch), side)
+        params, macs = decoder_studies.count_decoder(replace(tiny, **switch), side)
         assert params > ours[0] or name == "ours"
         assert macs > ours[1] or name in ("ours", "GroupNorm everywhere")  # norms are no multiply-accumulates
 
@@ -137,7 +140,7 @@ def test_psnr_is_the_definition():
 
 def test_perceptual_distance_orders_damage():
     perceptual = decoder.Perceptual()
-    photo = decoder.strangers(64)[0][0]
+    photo = decoder_studies.strangers(64)[0][0]
     x = decoder.to_tensor([photo])
     assert perceptual(x, x).item() == 0
     blurred = [F.avg_pool2d(F.pad(x, (r, r, r, r), "reflect"), 2 * r + 1, 1) for r in (1, 2, 4)]

@@ -15,7 +15,7 @@ import mil_interpreter as mil
 from checkpoint import save_json
 from coreml_layers import PhoneUNet
 from decoder import DecoderConfig, TinyDecoder
-from decoder import count as count_decoder
+from decoder_studies import count as count_decoder
 from model import UNet, UNetConfig, count
 
 SMALL = UNetConfig(
