@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import flow
 import step_distill
-from checkpoint import HelpFormatter, describe_machine, pick_device
+from common.checkpoint import HelpFormatter, describe_machine, pick_device
 from distill import Projector, combine
 from model import LADDER, PRESETS, UNet, ladder
 from teacher import T5_TOKENS, Teacher, WeightedTextAttention

@@ -1,181 +1,38 @@
 """Pictures with captions, and the latents that training reads.
 
-Pictures come from the shapes world (`shapes.py`) or from a folder of your own: `x.png` beside `x.txt`, or Hugging Face's
-`metadata.jsonl`. Both pass once through the frozen encoders (`encoders.py`), and training reads the cached latents and text
+Pictures come from the shapes world (`common/shapes.py`) or from a folder of your own: `x.png` beside `x.txt`, or Hugging Face's
+`metadata.jsonl`. Both pass once through the frozen encoders (`common/encoders.py`), and training reads the cached latents and text
 states: the paper trains in the latent space of SD3's autoencoder (Sec. 3.2), so no stage but the decoder's sees a pixel.
 
     python data.py --out shapes.png         # a captioned contact sheet of the shapes world
     python data.py --data DIR --out my.png  # the same for your own folder: does it load as you think?
-    python data.py encode SOURCE --out DIR  # large data sets (ImageNet, WebDataset): encoded once into shards (shards.py)
+    python data.py encode SOURCE --out DIR  # large data sets (ImageNet, WebDataset): encoded once into shards (common/shards.py)
 """
 
 import argparse
 import collections
 import concurrent.futures
-import copy
 import functools
 import hashlib
 import json
 import math
-import struct
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-import parallel
-from checkpoint import save_atomically
-from encoders import join_text
-from shapes import SIDE, SPLITS, ShapesWorld
-
-# ------------------------------------------------------------------------------------------------------------------
-# Folders of your own
-
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
-
-def open_picture(path, size=None):
-    """A picture file as RGB (PIL), whatever it holds; with `size`, scaled and centre-cropped to (size, size).
-
-    Transparency is laid on white, the first frame of an animation is taken, 16-bit greyscale is scaled to 8 bits, CMYK,
-    palettes and greyscale are converted. Raises OSError (or one of its kind) when the file is corrupt or truncated.
-    """
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            picture = ImageOps.exif_transpose(picture)  # phones write the pixels lying down and say so
-            if picture.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel: Pillow's own conversion would clip
-                values = np.asarray(picture, dtype=np.float32)
-                wide = picture.mode.startswith("I;16") or values.max() > 255
-                top = 65535.0 if wide else 255.0 if values.max() > 1 else 1.0
-                picture = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
-            picture = picture.convert("RGB")
-    except (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise OSError(f"{path} is not a readable picture: {error}") from error
-    if size is None:
-        return picture
-    scale = size / min(picture.size)
-    picture = picture.resize([max(size, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
-
-
-def _read_text(path):
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SystemExit(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from error
-
-
-def list_captions(folder, captioned=True):
-    """[(picture path, caption)] of a folder: `metadata.jsonl` (file_name, text) if it has one, else x.png + x.txt.
-
-    captioned=False takes every picture, and leaves out the captions: a decoder needs none.
-    Raises SystemExit with one sentence when the folder does not exist or holds no captioned picture.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise SystemExit(f"no such folder: {folder}. Give --data a folder of pictures with captions.")
-    pairs, metadata = [], folder / "metadata.jsonl"
-    if not captioned:
-        pairs = [(path, "") for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_ENDINGS]
-        if not pairs:
-            raise SystemExit(f"no pictures in {folder}: it needs files that end in {', '.join(PICTURE_ENDINGS)}.")
-    elif metadata.is_file():
-        for number, line in enumerate(_read_text(metadata).splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                pairs.append((folder / row["file_name"], str(row["text"])))
-            except (ValueError, KeyError, TypeError) as error:
-                raise SystemExit(
-                    f"{metadata}, line {number}: expected an object with file_name and text ({error!r})."
-                ) from error
-    else:
-        for path in sorted(folder.rglob("*")):
-            text = path.with_suffix(".txt")
-            if path.suffix.lower() in PICTURE_ENDINGS and text.is_file():
-                pairs.append((path, _read_text(text).strip()))
-    if not pairs:
-        raise SystemExit(
-            f"no captioned pictures in {folder}: put x.txt beside each x.png, or a metadata.jsonl with one "
-            '{"file_name": ..., "text": ...} a line.'
-        )
-    return pairs
-
-
-class CaptionedFolder:
-    """A sequence of (picture, caption) from a folder. Unreadable pictures are left out, counted, and named once.
-
-    Raises SystemExit when the folder, its captions, or every one of its pictures cannot be read.
-    """
-
-    def __init__(self, folder, size=SIDE, captioned=True):
-        self.size = size
-        pairs, self.pairs, self.skipped = list_captions(folder, captioned), [], []
-        for path, caption in tqdm(pairs, desc="checking pictures", disable=len(pairs) < 500):
-            try:
-                open_picture(path)
-                self.pairs.append((path, caption))
-            except OSError:
-                self.skipped.append(path)
-        if self.skipped:
-            warnings.warn(
-                f"left out {len(self.skipped)} of {len(pairs)} pictures that cannot be read, such as {self.skipped[0]}",
-                stacklevel=2,
-            )
-        if not self.pairs:
-            raise SystemExit(f"none of the {len(pairs)} pictures in {folder} can be read, such as {self.skipped[0]}.")
-
-    @property
-    def name(self):
-        """Stands for the content: another caption or a touched picture makes another cache."""
-        content = [(str(path), path.stat().st_size, path.stat().st_mtime_ns, text) for path, text in self.pairs]
-        return f"folder-{self.size}-" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-    def split(self, every=20):
-        """(training part, validation part): every 20th picture is held out; with fewer, both parts are everything."""
-        if len(self) < every:
-            return self, self
-        parts = copy.copy(self), copy.copy(self)
-        parts[0].pairs = [pair for i, pair in enumerate(self.pairs) if i % every != every - 1]
-        parts[1].pairs = self.pairs[every - 1 :: every]
-        return parts
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def caption(self, i):
-        return self.pairs[i][1]
-
-    def __getitem__(self, i):
-        path, caption = self.pairs[i]
-        return open_picture(path, self.size), caption
-
-
-def to_tensor(pictures):
-    """A list of equally large RGB pictures (PIL) -> (B, 3, H, W) float32 in [-1, 1]."""
-    x = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))  # (B, H, W, 3) uint8
-    return x.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def to_pictures(x):
-    """(B, 3, H, W) in [-1, 1] -> a list of B RGB pictures (PIL)."""
-    x = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
-    return [Image.fromarray(picture) for picture in x]
-
+from common import parallel, shards
+from common.checkpoint import save_atomically
+from common.encoders import join_text
+from common.pictures import CaptionedFolder, to_tensor
+from common.seeds import batch_indices
+from common.shapes import SPLITS, ShapesWorld
 
 # ------------------------------------------------------------------------------------------------------------------
 # Latents and text states, computed once by the frozen encoders
@@ -253,35 +110,7 @@ class Latents:
 
     def batch(self, seed, step, size, rows=slice(None)):
         """(latents (B, 16, h, w) float32, caption_ids (B,)) of one training step; with `rows`, of a part of its batch."""
-        return self.pictures(self.indices(seed, step, size)[rows])
-
-    def indices(self, seed, step, size):
-        """Which pictures a step sees, (B,): a pure function of (seed, step), so a resume needs no saved order.
-
-        The pictures come in a new random order every epoch.
-        """
-        index, start, n = [], step * size, len(self)
-        for epoch in range(start // n, (start + size - 1) // n + 1):
-            order = _epoch_order(seed, epoch, n)
-            index.append(order[max(0, start - epoch * n) : start + size - epoch * n])
-        return torch.cat(index)
-
-
-@functools.lru_cache(maxsize=4)
-def _epoch_order(seed, epoch, n):
-    return torch.randperm(n, generator=rng(seed, epoch, 0))
-
-
-def rng(*key):
-    """A torch.Generator seeded by integers such as (seed, step, rank): the same key, the same random numbers."""
-    digest = hashlib.sha256(repr(tuple(int(k) for k in key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
-
-
-def noise_rows(shape, batch, *key, rows=slice(None)):
-    """Standard normal noise (B, *shape) of a batch; with `rows`, of a part of it. Every row has its own generator, so that a
-    GPU among many draws its own rows alone, and they are those that a single one would have drawn."""
-    return torch.stack([torch.randn(*shape, generator=rng(*key, i)) for i in range(batch)[rows]])
+        return self.pictures(batch_indices(seed, step, size, len(self))[rows])
 
 
 def cached(path, compute):
@@ -359,8 +188,6 @@ def ahead(make, numbers, device):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["encode"]:
-        import shards
-
         shards.main(argv[1:])
         return
     p = argparse.ArgumentParser(

@@ -36,8 +36,8 @@ from PIL import ImageChops
 from torch import nn
 from tqdm import tqdm
 
-import parallel
-from checkpoint import (
+from common import parallel
+from common.checkpoint import (
     HelpFormatter,
     Log,
     describe_machine,
@@ -49,10 +49,11 @@ from checkpoint import (
     save_network,
     save_state,
 )
-from data import CaptionedFolder, rng, to_pictures, to_tensor
-from encoders import FrozenAutoencoder
-from figures import captioned_grid, curves
-from shapes import SIDE, ShapesWorld
+from common.encoders import FrozenAutoencoder
+from common.figures import captioned_grid, curves
+from common.pictures import CaptionedFolder, to_pictures, to_tensor
+from common.seeds import rng
+from common.shapes import SIDE, ShapesWorld
 from train_fm import learning_rate, stop_on_nan, update_ema
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -22,10 +22,10 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoint import check_encoders, describe_machine, pick_device, save_atomically, save_json
-from data import open_picture, to_pictures, to_tensor
+from common.checkpoint import check_encoders, describe_machine, pick_device, save_atomically, save_json
+from common.encoders import FrozenAutoencoder
+from common.pictures import open_picture, to_pictures, to_tensor
 from decoder import ABLATIONS, PRESETS, Perceptual, TinyDecoder, load_decoder, open_pictures, psnr, side_by_side
-from encoders import FrozenAutoencoder
 
 # ------------------------------------------------------------------------------------------------------------------
 # Quality and cost

@@ -38,8 +38,8 @@ from torch import nn
 from tqdm import tqdm
 
 import flow
-import parallel
-from checkpoint import (
+from common import parallel
+from common.checkpoint import (
     HelpFormatter,
     Log,
     check_encoders,
@@ -51,9 +51,9 @@ from checkpoint import (
     save_network,
     save_state,
 )
+from common.encoders import FrozenEncoders
+from common.figures import curves
 from data import ahead
-from encoders import FrozenEncoders
-from figures import curves
 from model import PRESETS, UNet
 from teacher import Teacher
 from train_fm import (

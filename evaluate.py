@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
 
-import parallel
-from benchmarks import write_folder
-from checkpoint import (
+from common import parallel
+from common.benchmarks import write_folder
+from common.checkpoint import (
     HelpFormatter,
     check_encoders,
     describe_machine,
@@ -40,11 +40,11 @@ from checkpoint import (
     save_atomically,
     save_json,
 )
-from data import PICTURE_ENDINGS, CaptionedFolder, to_tensor
+from common.encoders import FrozenEncoders
+from common.pictures import PICTURE_ENDINGS, CaptionedFolder, to_tensor
+from common.shapes import COLORS, FAMILIES, SHAPES, SIDE, ShapesWorld, family_of, parse_caption, shape_outline
 from decoder import Perceptual
-from encoders import FrozenEncoders
 from sample import draw_pictures, pick_decoder
-from shapes import COLORS, FAMILIES, SHAPES, SIDE, ShapesWorld, family_of, parse_caption, shape_outline
 
 NOVEL_FAMILIES = ("counting", "colors", "position", "attribution")  # those whose captions name a color and a shape
 

@@ -11,9 +11,9 @@
     python export_coreml.py --model assets/zoo/distill --batch 2    # guidance: caption and empty caption in one batch
     python export_coreml.py --random t2i --parts unet decoder --latent 128     # the paper's sizes, random weights
 
-How one part is made: torch.export captures the module of coreml_layers.py at fixed sizes -> coremltools converts it to a float16
-program -> it is saved, read back from disk and interpreted (mil_interpreter.py) beside PyTorch. Two questions, two bars: is it
-the right program (converted in float32: at most 1e-4 off) and does it survive float16 (at least 50 dB)? On a Mac the same
+How one part is made: torch.export captures the module of coreml/layers.py at fixed sizes -> coremltools converts it to a float16
+program -> it is saved, read back from disk and interpreted (coreml/mil_interpreter.py) beside PyTorch. Two questions, two bars:
+is it the right program (converted in float32: at most 1e-4 off) and does it survive float16 (at least 50 dB)? On a Mac the same
 inputs also go through Core ML itself.
 """
 
@@ -36,16 +36,17 @@ import torch
 from tqdm import tqdm
 
 import flow
-import mil_interpreter as mil
-from checkpoint import HelpFormatter, check_encoders, describe_machine, load_student, save_atomically, save_json
-from coreml_layers import PhoneDecoder, PhoneText, PhoneUNet
-from data import rng, to_pictures
+from common.checkpoint import HelpFormatter, check_encoders, describe_machine, load_student, save_atomically, save_json
+from common.encoders import GEMMA_TOKENS, FrozenAutoencoder, FrozenEncoders, hash_folders
+from common.figures import captioned_grid
+from common.pictures import to_pictures
+from common.seeds import rng
+from coreml import mil_interpreter as mil
+from coreml.layers import PhoneDecoder, PhoneText, PhoneUNet
+from coreml.mil_interpreter import ct  # coremltools, with its warnings about this machine silenced
 from decoder import PRESETS as DECODERS
 from decoder import TinyDecoder, load_decoder
-from encoders import GEMMA_TOKENS, FrozenAutoencoder, FrozenEncoders, hash_folders
 from evaluate import prompts_of, score
-from figures import captioned_grid
-from mil_interpreter import ct  # coremltools, with its warnings about this machine silenced
 from model import PRESETS, UNet
 
 PARTS = ("text_encoder", "unet", "decoder")

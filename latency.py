@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import mil_interpreter as mil
-from checkpoint import HelpFormatter, describe_machine, save_json
+from common.checkpoint import HelpFormatter, describe_machine, save_json
+from coreml import mil_interpreter as mil
+from coreml.mil_interpreter import ct
 from decoder_studies import run_alone
-from mil_interpreter import ct
 from model import LADDER, UNet, ladder
 
 PARTS = ("text_encoder", "unet", "decoder")

@@ -6,7 +6,7 @@
     python sample.py --prompts prompts.txt --out drawn/                                         # one PNG a line, for evaluate.py
 
 The last form writes metadata.jsonl (file_name, text) beside the pictures, which evaluate.py and train_fm.py --data read. It goes
-on where it was stopped, runs on several GPUs by torchrun, and knows GenEval's, DPG-Bench's and ImageNet's prompts (benchmarks.py):
+on where it was stopped, runs on several GPUs by torchrun, and knows GenEval's, DPG-Bench's and ImageNet's prompts:
 
     torchrun --nproc_per_node 8 -- sample.py --prompts evaluation_metadata.jsonl --n 4 --model runs/t2i --out geneval
     torchrun --nproc_per_node 8 -- sample.py --prompts LOC_synset_mapping.txt --n 50 --model runs/imagenet --out adm --npz adm.npz
@@ -21,14 +21,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import benchmarks
 import flow
-import parallel
-from checkpoint import HelpFormatter, check_encoders, load_student, pick_device, save_atomically, save_json
-from data import rng, to_pictures
+from common import benchmarks, parallel
+from common.checkpoint import HelpFormatter, check_encoders, load_student, pick_device, save_atomically, save_json
+from common.encoders import FrozenEncoders, hash_folders
+from common.figures import captioned_grid
+from common.pictures import to_pictures
+from common.seeds import rng
 from decoder import load_decoder
-from encoders import FrozenEncoders, hash_folders
-from figures import captioned_grid
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def pick_decoder(folder, encoders):
 
 
 def draw_files(model, config, encoders, args, decoder):
-    """Draw every prompt of --prompts into --out, in the layout that benchmarks.py finds for it. What is there stays."""
+    """Draw every prompt of --prompts into --out, in the layout that common/benchmarks.py finds for it. What is there stays."""
     layout, pictures, names = benchmarks.plan(args.prompts, args.n, args.seed)
     names_of_settings = "model prompts n steps guidance shift seed resolution decoder"
     settings = {name: getattr(args, name) for name in names_of_settings.split()}

@@ -44,8 +44,8 @@ from torch import nn
 from tqdm import tqdm
 
 import flow
-import parallel
-from checkpoint import (
+from common import parallel
+from common.checkpoint import (
     HelpFormatter,
     Log,
     describe_machine,
@@ -54,11 +54,11 @@ from checkpoint import (
     save_network,
     save_state,
 )
-from data import noise_rows, rng
+from common.encoders import hash_folders
+from common.figures import curves
+from common.seeds import noise_rows, rng
 from distill import scaled, start_from
-from encoders import hash_folders
 from evaluate import prompts_of, score
-from figures import curves
 from model import PRESETS
 from sample import draw_pictures
 from teacher import Teacher

@@ -18,12 +18,22 @@ import torch
 from tqdm import tqdm
 
 import flow
-from checkpoint import Log, check_encoders, describe_machine, load_student, pick_device, save_atomically, save_json
-from data import Latents, rng, to_pictures
+from common.checkpoint import (
+    Log,
+    check_encoders,
+    describe_machine,
+    load_student,
+    pick_device,
+    save_atomically,
+    save_json,
+)
+from common.encoders import FrozenEncoders
+from common.figures import captioned_grid, pyplot, save_figure
+from common.pictures import to_pictures
+from common.seeds import rng
+from data import Latents
 from distill import timestep_weight
-from encoders import FrozenEncoders
 from evaluate import prompts_of, score
-from figures import captioned_grid, pyplot, save_figure
 from sample import draw_pictures
 from step_distill import few_step_scores, solve
 from teacher import Teacher

@@ -20,7 +20,7 @@ from diffusers import SD3Transformer2DModel
 from transformers import AutoTokenizer, T5EncoderModel
 
 import flow
-import parallel
+from common import parallel
 from data import cached
 
 T5_TOKENS = 256  # diffusers' max_sequence_length

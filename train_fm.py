@@ -6,7 +6,7 @@ Timesteps come from a logit-normal, shifted towards noise; one caption in ten is
     python train_fm.py                                  # class scale: shapes world, tiny UNet, 15 minutes on 2 cores
     python train_fm.py --data DIR --out runs/mine       # your own pictures with captions
     python train_fm.py --size t2i --teacher stable-diffusion-3.5-large --data DIR --lr 1e-4     # the paper's 379 M UNet
-    torchrun --nproc_per_node 8 train_fm.py --size t2i --batch 1024 ...     # on 8 GPUs (parallel.py); recipes/ has whole commands
+    torchrun --nproc_per_node 8 train_fm.py --size t2i --batch 1024 ...     # on 8 GPUs; recipes/ has whole commands
 
 Writes runs/fm: model.safetensors (EMA weights) and config.json for sample.py and evaluate.py, train_state/ for --resume,
 log.csv, loss.png, samples/. Every random number comes from (--seed, step): stop it at any moment, run the same command
@@ -28,9 +28,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import flow
-import parallel
-import shards
-from checkpoint import (
+from common import parallel, shards
+from common.checkpoint import (
     HelpFormatter,
     Log,
     describe_machine,
@@ -42,11 +41,13 @@ from checkpoint import (
     save_network,
     save_state,
 )
-from data import CaptionedFolder, ahead, encode_dataset, noise_rows, rng, to_pictures
-from encoders import FrozenEncoders, pad_text
-from figures import curves, stack
+from common.encoders import FrozenEncoders, pad_text
+from common.figures import curves, stack
+from common.pictures import CaptionedFolder, to_pictures
+from common.seeds import noise_rows, rng
+from common.shapes import ShapesWorld
+from data import ahead, encode_dataset
 from model import PRESETS, UNet
-from shapes import ShapesWorld
 
 BINS = 5  # of t: the loss is logged for each fifth of (0, 1), since the average alone goes flat early and says little
 PROMPTS = (  # drawn from the same noise over and over: easy families once, hard ones more often

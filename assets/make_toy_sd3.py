@@ -46,11 +46,13 @@ from transformers import (
 )
 
 import flow
-from checkpoint import load_state, pick_device, save_json, save_state
-from data import encode_dataset, rng, to_tensor
-from encoders import FrozenEncoders
+from common.checkpoint import load_state, pick_device, save_json, save_state
+from common.encoders import FrozenEncoders
+from common.pictures import to_tensor
+from common.seeds import batch_indices, rng
+from common.shapes import COLORS, SHAPES, SIDE, ShapesWorld, family_of, make_scene, parse_caption, write_caption
+from data import encode_dataset
 from evaluate import falsify
-from shapes import COLORS, SHAPES, SIDE, ShapesWorld, family_of, make_scene, parse_caption, write_caption
 from teacher import T5_TOKENS, WeightedTextAttention
 from train_fm import update_ema
 
@@ -343,7 +345,7 @@ def make_teacher(
     for step in bar:
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):  # linear decay over the last 30 %
             group["lr"] = lr * min(1, (step + 1) / 500) * min(1, (steps - step) / (0.3 * steps))
-        index, g = data.indices(seed, step, batch), rng(seed, step)
+        index, g = batch_indices(seed, step, batch, len(data)), rng(seed, step)
         n = round(focus * batch)
         index[:n] = hard[torch.randint(len(hard), (n,), generator=rng(seed, step, 1))]
         x0, ids = data.latents[index].float(), data.caption_ids[index]

@@ -14,7 +14,7 @@ from PIL import Image
 
 import evaluate
 import sample
-from shapes import ShapesWorld
+from common.shapes import ShapesWorld
 
 pytestmark = pytest.mark.usefixtures("at_home")
 ROOT = Path(__file__).parent.parent

@@ -9,15 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-import shapes
-from data import CaptionedFolder, encode_dataset
-from shapes import FAMILIES, NOVEL_PAIRS, ShapesWorld, draw, family_of, make_scene, parse_caption
+from common import shapes
+from common.pictures import CaptionedFolder, to_pictures, to_tensor
+from common.seeds import batch_indices
+from common.shapes import FAMILIES, NOVEL_PAIRS, ShapesWorld, draw, family_of, make_scene, parse_caption
+from data import encode_dataset
 
 
 def test_an_item_is_always_the_same_picture():
     here = [np.asarray(ShapesWorld("train", 3)[i][0]).sum() for i in (5, 0, 7)]
-    code = "import numpy as np, shapes; world = shapes.ShapesWorld('train', 3); "
+    code = "import numpy as np; from common import shapes; world = shapes.ShapesWorld('train', 3); "
     code += "print([int(np.asarray(world[i][0]).sum()) for i in (7, 5, 0)])"
     there = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert [here[2], here[0], here[1]] == there
@@ -64,12 +65,11 @@ def test_nothing_touches_and_nothing_is_cut_off():
 
 
 def test_every_epoch_shows_every_picture_once():
-    latents = data.Latents(torch.arange(10.0).view(10, 1, 1, 1), torch.arange(10), [], *[torch.zeros(1)] * 3)
-    seen = torch.cat([latents.indices(0, step, 4) for step in range(5)])  # two epochs in five batches of four
+    seen = torch.cat([batch_indices(0, step, 4, 10) for step in range(5)])  # two epochs in five batches of four
     assert sorted(seen[:10].tolist()) == list(range(10)) == sorted(seen[10:].tolist())
     assert seen[:10].tolist() != seen[10:].tolist()
-    assert torch.equal(latents.indices(0, 3, 4), seen[12:16])  # any step by itself
-    assert len(latents.indices(0, 0, 25)) == 25  # a batch larger than the data
+    assert torch.equal(batch_indices(0, 3, 4, 10), seen[12:16])  # any step by itself
+    assert len(batch_indices(0, 0, 25, 10)) == 25  # a batch larger than the data
 
 
 @pytest.fixture
@@ -183,6 +183,6 @@ def test_latents_are_cached_by_content_and_damage_is_noticed(tmp_path):
 
 def test_pictures_survive_the_way_to_tensors_and_back():
     picture = draw(make_scene("val", 0, 0))
-    tensor = data.to_tensor([picture])
+    tensor = to_tensor([picture])
     assert tensor.shape == (1, 3, 64, 64) and tensor.min() >= -1 and tensor.max() <= 1
-    assert np.array_equal(np.asarray(data.to_pictures(tensor)[0]), np.asarray(picture))
+    assert np.array_equal(np.asarray(to_pictures(tensor)[0]), np.asarray(picture))

@@ -17,7 +17,8 @@ from PIL import Image
 import decoder
 import decoder_studies
 import sample
-from encoders import FrozenAutoencoder
+from common.encoders import FrozenAutoencoder
+from common.pictures import to_tensor
 
 pytestmark = pytest.mark.usefixtures("at_home")
 ROOT = Path(__file__).parent.parent
@@ -141,7 +142,7 @@ def test_psnr_is_the_definition():
 def test_perceptual_distance_orders_damage():
     perceptual = decoder.Perceptual()
     photo = decoder_studies.strangers(64)[0][0]
-    x = decoder.to_tensor([photo])
+    x = to_tensor([photo])
     assert perceptual(x, x).item() == 0
     blurred = [F.avg_pool2d(F.pad(x, (r, r, r, r), "reflect"), 2 * r + 1, 1) for r in (1, 2, 4)]
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))

@@ -17,8 +17,8 @@ from transformers import T5Config, T5EncoderModel
 import distill
 import studies
 import train_fm
-from checkpoint import load_student
-from encoders import FrozenEncoders
+from common.checkpoint import load_student
+from common.encoders import FrozenEncoders
 from evaluate import prompts_of
 from sample import draw_pictures
 from teacher import Teacher

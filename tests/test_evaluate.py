@@ -8,8 +8,8 @@ import torch
 from PIL import Image, ImageFilter
 
 import evaluate
+from common.shapes import FAMILIES, ShapesWorld, draw, make_scene
 from evaluate import NOVEL_FAMILIES, check_detector, detect, falsify, holds, interval, is_on_side, score
-from shapes import FAMILIES, ShapesWorld, draw, make_scene
 
 
 def test_detector_on_1000_true_and_falsified_captions():

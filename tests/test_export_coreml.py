@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 import export_coreml
-import mil_interpreter as mil
-from checkpoint import save_network
-from coreml_layers import AneNorm, AneTransformer, LayerNormGroups, PhoneDecoder, PhoneText, PhoneUNet
+from common.checkpoint import save_network
+from common.encoders import FrozenEncoders
+from coreml import mil_interpreter as mil
+from coreml.layers import AneNorm, AneTransformer, LayerNormGroups, PhoneDecoder, PhoneText, PhoneUNet
 from decoder import DecoderConfig, TinyDecoder, load_decoder
-from encoders import FrozenEncoders
 from export_coreml import Part, check, convert, export
 from model import Transformer2D, UNet, UNetConfig
 
@@ -139,7 +139,7 @@ def test_every_part_is_verified_and_described(build):
 
 def test_the_chain_draws_what_pytorch_draws(build, students):
     """Packages and pipeline.json alone give the picture that sample.py gives, but for float16."""
-    from checkpoint import load_student
+    from common.checkpoint import load_student
     from sample import draw_pictures
 
     model, config = load_student(students[0])

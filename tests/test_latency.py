@@ -11,9 +11,9 @@ from coremltools.models.ml_program.experimental import perf_utils, remote_device
 
 import export_coreml
 import latency
-import mil_interpreter as mil
-from checkpoint import save_json
-from coreml_layers import PhoneUNet
+from common.checkpoint import save_json
+from coreml import mil_interpreter as mil
+from coreml.layers import PhoneUNet
 from decoder import DecoderConfig, TinyDecoder
 from decoder_studies import count as count_decoder
 from model import UNet, UNetConfig, count

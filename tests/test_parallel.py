@@ -10,13 +10,14 @@ import pytest
 import safetensors.torch
 import torch
 
-import parallel
+from common import parallel
 
 ROOT = Path(__file__).parent.parent
 STAGES = """
 import sys
 sys.path.insert(0, {root!r})
-import distill, parallel, step_distill, train_fm
+import distill, step_distill, train_fm
+from common import parallel
 
 SMALL = "--pictures 64 --batch 8 --device cpu --lr 1e-2 --save-every 4 --resume --steps {steps} --accumulate {parts}".split()
 
@@ -98,7 +99,7 @@ def test_ranks_that_see_different_folders_do_not_go_on(home):
     script.write_text(f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import parallel
+from common import parallel
 parallel.launch(lambda: parallel.agree(parallel.rank()))
 """)
     result = subprocess.run([*TORCHRUN, str(script)], cwd=home, capture_output=True, text=True, timeout=120)

@@ -9,9 +9,9 @@ from PIL import Image
 
 import evaluate
 import sample
-from checkpoint import load_student
-from data import CaptionedFolder
-from encoders import FrozenEncoders
+from common.checkpoint import load_student
+from common.encoders import FrozenEncoders
+from common.pictures import CaptionedFolder
 
 ROOT = Path(__file__).parent.parent
 FEW = ["--steps", "2", "--device", "cpu"]

@@ -19,12 +19,13 @@ from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast, T5C
 import data
 import distill
 import sample
-import shards
 import step_distill
 import studies
 import train_fm
-from encoders import FrozenEncoders, pad_text
-from shapes import ShapesWorld
+from common import shards
+from common.encoders import FrozenEncoders, pad_text
+from common.pictures import open_picture, to_tensor
+from common.shapes import ShapesWorld
 from teacher import Teacher
 
 pytestmark = pytest.mark.usefixtures("at_home")
@@ -129,7 +130,7 @@ def test_imagenet(encoded, imagenet):
     for i in (0, 7, 18):  # the picture's own latent and caption, from its file
         latent, ids = training.pictures(torch.tensor([i]))
         path = imagenet / "ILSVRC/Data/CLS-LOC/train" / names[training.numbers[i]]
-        expected = encoders.encode_pictures(data.to_tensor([data.open_picture(path, 64)]))
+        expected = encoders.encode_pictures(to_tensor([open_picture(path, 64)]))
         assert (latent - expected).abs().max() < 0.02  # half precision
         assert training.caption_of(i) == captions[path.parent.name] == training.captions_of(ids)[0]
 

@@ -16,8 +16,8 @@ import flow
 import step_distill
 import studies
 import train_fm
-from checkpoint import load_student
-from encoders import FrozenEncoders
+from common.checkpoint import load_student
+from common.encoders import FrozenEncoders
 from evaluate import prompts_of
 from sample import draw_pictures
 

@@ -9,10 +9,10 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from assets.make_toy_sd3 import hard_negatives, object_map
-from data import to_pictures, to_tensor
-from encoders import FrozenEncoders, pad_text
+from common.encoders import FrozenEncoders, pad_text
+from common.pictures import to_pictures, to_tensor
+from common.shapes import FAMILIES, ShapesWorld, family_of, make_scene
 from evaluate import detect, holds
-from shapes import FAMILIES, ShapesWorld, family_of, make_scene
 from teacher import WeightedTextAttention
 
 TOY = Path(__file__).parent.parent / "assets" / "toy-sd3"

@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-import checkpoint
 import train_fm
+from common import checkpoint
 from model import PRESETS, UNet
 
 pytestmark = pytest.mark.usefixtures("at_home")
@@ -235,7 +235,7 @@ def test_a_disk_that_fills_while_weights_are_written(tmp_path):
     code = f"""
 import resource, signal, torch, safetensors.torch
 from pathlib import Path
-from checkpoint import save_atomically
+from common.checkpoint import save_atomically
 path = Path({str(tmp_path)!r}) / "model.safetensors"
 save_atomically(lambda p: safetensors.torch.save_file({{"w": torch.zeros(10)}}, p), path)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -4,7 +4,7 @@ import math
 
 from PIL import Image, ImageDraw, ImageFont
 
-from checkpoint import save_atomically
+from common.checkpoint import save_atomically
 
 
 def pyplot():

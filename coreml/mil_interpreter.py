@@ -10,8 +10,8 @@ the phone's compiler takes it from there. Here it is read back from disk and com
 Compressed weights are operations too, whose names begin with constexpr: integers with a scale, or a palette, a short list of
 numbers of which each weight names one.
 
-    python mil_interpreter.py build/unet.mlpackage              # print the program
-    python mil_interpreter.py build/unet.mlpackage --count      # how many of each operation
+    python -m coreml.mil_interpreter build/unet.mlpackage              # print the program
+    python -m coreml.mil_interpreter build/unet.mlpackage --count      # how many of each operation
 
 precision "declared": every output is rounded to the type that the program declares, so float16 shows its overflows and its
 lost digits. precision "exact": float32 throughout. Sums inside one operation are float32 in both. This is not the neural
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import HelpFormatter
+from common.checkpoint import HelpFormatter
 
 for name in ("coremltools", "coremltools.libcoremlpython"):
     logging.getLogger(name).setLevel(logging.ERROR)
@@ -144,7 +144,7 @@ def conv(x, weight, bias=None, strides=(1, 1), pad_type="valid", pad=(0, 0, 0, 0
 def only(true, what):
     """Better an error than a wrong number: not every option of every operation is written here."""
     if not true:
-        raise ValueError(f"{what} is not known here: write it in mil_interpreter.py")
+        raise ValueError(f"{what} is not known here: write it in coreml/mil_interpreter.py")
 
 
 def attention(query, key, value, attn_mask=None):

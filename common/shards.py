@@ -13,7 +13,7 @@ Three kinds of source, told apart by what is there:
     ImageNet    the folder as Kaggle and image-net.org give it: ILSVRC/Data/CLS-LOC/train/n01440764/*.JPEG (or train/n..., or n...)
                 and the class names, LOC_synset_mapping.txt (or synset_words.txt); caption "a photo of <first name>" (Sec. 4)
     WebDataset  .tar files with 000.jpg (png, webp) and 000.txt or 000.json ({"caption": ...}) side by side
-    folder      x.png beside x.txt, or metadata.jsonl: see data.list_captions
+    folder      x.png beside x.txt, or metadata.jsonl: see pictures.list_captions
 
 What is written: 00000.safetensors, ... (latents, caption ids, text states, the captions) and, when all are there, index.json.
 A shard that is there is not made again: stop it at any moment and run the same command.
@@ -36,10 +36,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import parallel
-from checkpoint import HelpFormatter, pick_device, save_atomically, save_json
-from data import Latents, list_captions, open_picture, rng, to_tensor
-from encoders import FrozenEncoders, join_text
+from common import parallel
+from common.checkpoint import HelpFormatter, pick_device, save_atomically, save_json
+from common.encoders import FrozenEncoders, join_text
+from common.pictures import list_captions, open_picture, to_tensor
+from common.seeds import batch_indices, rng
 
 IMAGE_KEYS, TEXT_KEYS = ("jpg", "jpeg", "png", "webp"), ("caption", "text", "TEXT", "prompt")
 KINDS = ("too small", "too long or wide", "unreadable", "without a caption")  # why pictures are left out
@@ -285,7 +286,7 @@ def open_shard(path):
         ) from error
 
 
-class ShardedLatents(Latents):
+class ShardedLatents:
     """data.Latents that stay on the disk: training asks for the pictures and captions of a batch, in any order.
 
     The order is that of Latents, a function of (seed, step), so a resumed run sees what it would have seen. Caption ids count
@@ -359,6 +360,9 @@ class ShardedLatents(Latents):
             latents.append(file.get_slice("latents")[i : i + 1])
             ids.append(int(self.first_caption[k] + caption_ids[i]))
         return torch.cat(latents).float(), torch.tensor(ids)
+
+    def batch(self, seed, step, size, rows=slice(None)):
+        return self.pictures(batch_indices(seed, step, size, len(self))[rows])
 
     def caption_of(self, i):
         return self.captions_of(self.pictures([i])[1])[0]

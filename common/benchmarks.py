@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import save_atomically
+from common.checkpoint import save_atomically
 
 GRID = 4  # pictures a prompt in DPG-Bench
 

@@ -26,7 +26,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-import parallel
+from common import parallel
 from model import UNet, UNetConfig
 
 

@@ -1,0 +1,1 @@
+"""What every stage leans on and no lesson opens: run folders, ranks, frozen encoders, data sets, figures, flags."""
