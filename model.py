@@ -4,8 +4,6 @@ One class builds all of it: `UNetConfig` has a switch for each panel of Fig. 2, 
 
     python model.py            # the ladder and Table 1: parameters and MACs beside the paper's figures
     python model.py --json     # the same as one JSON object
-    python model.py --speed    # training pictures a second of each ladder step on this CPU
-    python model.py --speed --compile --steps a f       # the first and the last one, through torch.compile
 
     x_t (B, 16, H, W) ----> conv_in                                                         conv_out ---> v (B, 16, H, W)
                               |                                                                 ^
@@ -17,8 +15,8 @@ One class builds all of it: `UNetConfig` has a switch for each panel of Fig. 2, 
                               '------------> ResBlock, Transformer, ResBlock -------------------'             attention
 
 "FLOPs" in the paper are multiply-accumulates: it lists DiT-XL/2 with 119 G, which is that model's MAC count. We say MACs.
-What the paper does not tell (time embedding, depth of the middle, text widths) is our assumption,
-marked [A]; the README lists all of them.
+What the paper does not tell (time embedding, depth of the middle, text widths) is our assumption, marked [A]. studies/ladder.py
+times the steps, and counts each part.
 """
 
 import argparse
@@ -26,12 +24,11 @@ import functools
 import json
 import math
 from dataclasses import dataclass, replace
-from time import perf_counter
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -61,11 +58,8 @@ class UNetConfig:
     def __post_init__(self):
         for name in ("channels", "depth", "self_attention"):  # JSON brings lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        wrong = [c for c in self.channels if c % self.head_dim or c % self.groups]
-        if wrong:
-            raise ValueError(
-                f"channels {wrong} must be multiples of head_dim={self.head_dim} and of groups={self.groups}"
-            )
+        if wrong := [c for c in self.channels if c % self.head_dim or c % self.groups]:
+            raise ValueError(f"channels {wrong} must be multiples of head_dim={self.head_dim} and groups={self.groups}")
 
 
 # What each step changes against the one before. The paper treats c1 and c2, and d1 and d2, under one letter.
@@ -101,12 +95,8 @@ def ladder(step, base=None):
     config = base or UNetConfig()
     for name, change in LADDER.items():
         if base is not None:
-            sizes = ("depth", "mid_depth", "time_dim")
-            change = {k: v for k, v in change.items() if k not in sizes}
-            if name == "a":
-                change["depth"] = (0, *base.depth[1:])
-            if name == "e":
-                change["depth"] = base.depth
+            change = {k: v for k, v in change.items() if k not in ("depth", "mid_depth", "time_dim")}
+            change |= {"a": {"depth": (0, *base.depth[1:])}, "e": {"depth": base.depth}}.get(name, {})
         config = replace(config, **change)
         if name == step:
             return config
@@ -175,28 +165,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return RMSNormWithGradient.apply(x, self.weight, self.eps)
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
-
-
-class RMSNormWithGradient(torch.autograd.Function):
-    """The same formula with its gradient written out: half as many passes over the numbers. Inside, always float32."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, scale)
-        return x * scale * weight
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
-        normed = x * scale
-        grad_weight = (grad * normed).flatten(0, -2).sum(0)
-        grad = grad * weight
-        along = torch.linalg.vecdot(grad, normed).unsqueeze(-1) / x.shape[-1]  # the part along x changes nothing
-        return ((grad - normed * along) * scale).to(x.dtype), grad_weight, None
+        h = x.float()  # half precision has too few digits for a sum of squares
+        return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
 
 
 def rope_table(height, width, head_dim, device=None, theta=1e4):
@@ -236,20 +206,15 @@ class Attention(nn.Module):
     def forward(self, x, context=None, mask=None, rope=None):
         context = x if context is None else context
         q = self.norm_q(self.to_q(x).unflatten(-1, (-1, self.head_dim)))  # (B, S, heads, d)
-        # Keys and values in one product (to_k and to_v side by side), since many small ones cost more than a large one.
-        kv = F.linear(context, torch.cat([self.to_k.weight, self.to_v.weight]))
-        k, v = kv.unflatten(-1, (2, -1, self.head_dim)).unbind(2)  # (B, T, heads or 1, d) each
-        k = self.norm_k(k)
+        k = self.norm_k(self.to_k(context).unflatten(-1, (-1, self.head_dim)))  # (B, T, heads or 1, d)
+        v = self.to_v(context).unflatten(-1, (-1, self.head_dim))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        if self.multi_query:
-            # One key/value head serves all: every head of every pixel is one more query of the same single attention.
-            out = F.scaled_dot_product_attention(q.flatten(1, 2)[:, None], k.transpose(1, 2), v.transpose(1, 2), mask)
-            return self.to_out(
-                out.squeeze(1).unflatten(1, (-1, q.shape[2])).flatten(2)
-            )  # (B, 1, S heads, d) -> (B, S, C)
-        out = F.scaled_dot_product_attention(*(h.transpose(1, 2) for h in (q, k, v)), mask)  # (B, heads, S, d)
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        if self.multi_query:  # one key/value head serves all: every head of every pixel is one more query of one attention
+            shape, q = q.shape, q.flatten(1, 2)[:, :, None]  # (B, S, heads, d) -> (B, S heads, 1, d)
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+        out = out.view(shape) if self.multi_query else out  # (B, S, heads, d)
+        return self.to_out(out.flatten(2))  # (B, S, C)
 
 
 class FeedForward(nn.Module):
@@ -261,9 +226,7 @@ class FeedForward(nn.Module):
         self.proj_out = nn.Linear(cfg.ffn_ratio * channels, channels)
 
     def forward(self, x):
-        # Two products with the halves of one weight: halves of one product would lie apart in memory, and cost a quarter more.
-        halves = zip(self.proj_in.weight.chunk(2), self.proj_in.bias.chunk(2), strict=True)
-        value, gate = (F.linear(x, weight, bias) for weight, bias in halves)
+        value, gate = self.proj_in(x).chunk(2, dim=-1)
         return self.proj_out(value * F.gelu(gate))
 
 
@@ -354,19 +317,16 @@ def timestep_embedding(t, dim):
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def call(layer, *inputs):
-    return layer(*inputs)
-
-
 class UNet(nn.Module):
     """The denoiser v_theta(x_t, t, c) of flow matching.
 
-    forward(x_t, t, text, mask=None):
+    forward(x_t, t, text, mask=None, feature=None):
         x_t: (B, 16, H, W) noisy latents, H and W multiples of 4.
         t: (B,) in [0, 1], 0 = data, 1 = noise.
         text: (B, T, text_dim) states of the caption's tokens.
         mask: (B, T) bool, True for real tokens; padding is not attended to.
-        Returns the velocity (B, 16, H, W). Raises ValueError on other sizes.
+        feature: the name of a layer (see features()), whose output is returned as well: stage 2 compares it with the teacher's.
+        Returns the velocity (B, 16, H, W), or (velocity, feature (B, C, H / s, W / s)). Raises ValueError on other sizes.
 
     checkpointing = True keeps only what goes into each layer, and computes the rest again in the backward pass: a third more
     time, a fraction of the memory.
@@ -388,13 +348,8 @@ class UNet(nn.Module):
             self.down.append(Stage(layers, conv3x3(cfg, c, c, stride=2) if stage < last else None))
             skips += [c] * (cfg.layers + (stage < last))
             width = c
-        self.mid = nn.ModuleList(
-            [
-                ResBlock(cfg, width, width),
-                Transformer2D(cfg, width, cfg.mid_depth, cfg.self_attention[last]),
-                ResBlock(cfg, width, width),
-            ]
-        )
+        middle = Transformer2D(cfg, width, cfg.mid_depth, cfg.self_attention[last])
+        self.mid = nn.ModuleList([ResBlock(cfg, width, width), middle, ResBlock(cfg, width, width)])
         self.up = nn.ModuleList()
         for stage, c in reversed(list(enumerate(channels))):
             layers = [Layer(cfg, stage, (width if i == 0 else c) + skips.pop(), c) for i in range(cfg.layers + 1)]
@@ -403,37 +358,49 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(cfg.groups, width)
         self.conv_out = conv3x3(cfg, width, cfg.latent_channels)
 
-    def forward(self, x_t, t, text, mask=None):
+    def features(self):
+        """{name: (channels, s)} of the layers whose output forward() can return: s = 1, 2, 4 is how much coarser its grid is."""
+        stages, n = [(c, 2**i) for i, c in enumerate(self.cfg.channels)], self.cfg.layers
+        found = {f"down.{i}.layers.{j}": stage for i, stage in enumerate(stages) for j in range(n)}
+        found |= {f"mid.{i}": stages[-1] for i in range(3)}
+        return found | {f"up.{i}.layers.{j}": stage for i, stage in enumerate(reversed(stages)) for j in range(n + 1)}
+
+    def forward(self, x_t, t, text, mask=None, feature=None):
         step = 2 ** (len(self.cfg.channels) - 1)
         if x_t.shape[1] != self.cfg.latent_channels or x_t.shape[2] % step or x_t.shape[3] % step:
-            raise ValueError(
-                f"latents must be (B, {self.cfg.latent_channels}, H, W) with H and W multiples of {step}, "
-                f"got {tuple(x_t.shape)}"
-            )
+            raise ValueError(f"latents must be (B, {self.cfg.latent_channels}, H, W) with H and W multiples of {step}, "
+                             f"got {tuple(x_t.shape)}")  # fmt: skip
+        kept = []  # the output of the layer that `feature` names
+
+        def run(name, layer, *inputs):
+            out = checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs)
+            if name == feature:
+                kept.append(out)
+            return out
+
+        again = self.checkpointing and torch.is_grad_enabled()
         time = self.time_mlp(timestep_embedding(t, self.cfg.channels[0]).to(x_t.dtype))  # (B, time_dim)
         if mask is not None:
             mask = mask[:, None, None, :]  # (B, 1, 1, T): the same for every head and pixel
-        run = call
-        if self.checkpointing and torch.is_grad_enabled():
-            run = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
         x = self.conv_in(x_t)
         skips = [x]
-        for stage in self.down:
-            for layer in stage.layers:
-                x = run(layer, x, time, text, mask)
+        for i, stage in enumerate(self.down):
+            for j, layer in enumerate(stage.layers):
+                x = run(f"down.{i}.layers.{j}", layer, x, time, text, mask)
                 skips.append(x)
             if stage.resample is not None:
                 x = stage.resample(x)
                 skips.append(x)
-        x = run(self.mid[0], x, time)
-        x = run(self.mid[1], x, text, mask)
-        x = run(self.mid[2], x, time)
-        for stage in self.up:
-            for layer in stage.layers:
-                x = run(layer, torch.cat([x, skips.pop()], dim=1), time, text, mask)
+        x = run("mid.0", self.mid[0], x, time)
+        x = run("mid.1", self.mid[1], x, text, mask)
+        x = run("mid.2", self.mid[2], x, time)
+        for i, stage in enumerate(self.up):
+            for j, layer in enumerate(stage.layers):
+                x = run(f"up.{i}.layers.{j}", layer, torch.cat([x, skips.pop()], dim=1), time, text, mask)
             if stage.resample is not None:
                 x = stage.resample(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        velocity = self.conv_out(F.silu(self.norm_out(x)))
+        return (velocity, *kept) if feature else velocity
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -442,24 +409,13 @@ class UNet(nn.Module):
 
 @functools.lru_cache
 def count(cfg, side, tokens=77):
-    """Parameters and MACs of one forward at a (side, side) latent and 77 text tokens; no weight is allocated.
-
-    Returns (params, macs, per_part) with per_part = {"down.0": (params, macs), ...}.
-    """
+    """(parameters, MACs of one forward) at a (side, side) latent and 77 text tokens; no weight is allocated."""
     with torch.device("meta"):
         net = UNet(cfg)
         inputs = (torch.empty(1, cfg.latent_channels, side, side), torch.empty(1), torch.empty(1, tokens, cfg.text_dim))
-    with torch.no_grad(), FlopCounterMode(display=False, depth=None) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(*inputs)
-    macs = {name.removeprefix("UNet."): sum(kinds.values()) // 2 for name, kinds in counter.get_flop_counts().items()}
-    total = macs.pop("Global")
-    parts = {}
-    for name, part in net.named_modules():
-        if name.rstrip("0123456789") in ("conv_in", "time_mlp", "down.", "mid.", "up.", "conv_out"):
-            inside = {n for n in macs if n == name or n.startswith(f"{name}.")}
-            outermost = [n for n in inside if not any(n.startswith(f"{other}.") for other in inside)]
-            parts[name] = (sum(p.numel() for p in part.parameters()), sum(macs[n] for n in outermost))
-    return sum(p.numel() for p in net.parameters()), total, parts
+    return sum(p.numel() for p in net.parameters()), counter.get_total_flops() // 2
 
 
 # From the paper: what each step does to parameters and MACs (Sec. 3.1), and Table 1 (ImageNet, 256 px).
@@ -472,73 +428,21 @@ TABLE_1 = (("LDM-4", 400, 104, 3.60), ("U-ViT-L", 287, 77, 3.40), ("U-ViT-H", 50
            ("SiT-XL", 675, 119, 2.06), ("SnapGen", 372, 38, 2.06))  # fmt: skip
 
 
-def training_speed(steps, batch=64, side=8, tokens=13, rounds=7, compiled=False):
-    """Training pictures a second (forward, backward, AdamW) of ladder steps at the widths of --size tiny, on the CPU.
-
-    The longest captions of the shapes world have 13 tokens. The steps take turns, so that a machine that slows down slows
-    all of them; the median of `rounds` is returned.
-    """
-    torch.set_flush_denormal(True)
-    turns = {}
-    for step in steps:
-        cfg = ladder(step, PRESETS["tiny"])
-        net = UNet(cfg).to(memory_format=torch.channels_last)
-        if compiled:
-            net.compile()
-        turns[step] = (net, torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True), cfg, [])
-    for _ in range(rounds + 1):  # the first round warms up
-        for net, optimizer, cfg, seconds in turns.values():
-            x, t = torch.randn(batch, cfg.latent_channels, side, side), torch.rand(batch)
-            text, mask = torch.randn(batch, tokens, cfg.text_dim), torch.ones(batch, tokens, dtype=torch.bool)
-            start = perf_counter()
-            net(x, t, text, mask).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            seconds.append(perf_counter() - start)
-    return {step: batch / sorted(seconds[1:])[rounds // 2] for step, (_, _, _, seconds) in turns.items()}
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Parameters and MACs of the ladder and presets, beside the paper's.")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
-    parser.add_argument("--speed", action="store_true", help="time training on this CPU, ladder steps at tiny widths")
-    parser.add_argument("--batch", type=int, default=64, help="pictures a step, for --speed (default: 64)")
-    parser.add_argument(
-        "--steps", nargs="+", choices=LADDER, default=list(LADDER), help="ladder steps, for --speed (default: all)"
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="for --speed: torch.compile each first, some minutes a step"
-    )
     args = parser.parse_args(argv)
-    if args.speed:
-        print(f"Training at the widths of --size tiny, batch {args.batch}, 8x8 latents, {torch.get_num_threads()} threads, fp32"
-              f"{', compiled' if args.compile else ''}:")  # fmt: skip
-        speed = training_speed(args.steps, args.batch, compiled=args.compile)
-        first = args.steps[0]
-        for step, rate in speed.items():
-            params, macs, _ = count(ladder(step, PRESETS["tiny"]), 8, 13)
-            print(f"{step:5}{params / 1e6:8.2f} M{macs / 1e6:8.1f} MMACs{rate:8.1f} pictures/s"
-                  f"{rate / speed[first]:8.2f} x {first}")  # fmt: skip
-        return
 
-    rows = []
-    for step in LADDER:
-        params, macs_128, _ = count(ladder(step), 128)
-        rows.append({"step": step, "params": params, "macs_32": count(ladder(step), 32)[1], "macs_128": macs_128})
-    presets = {}
-    for name, cfg in PRESETS.items():
-        params, macs_32, _ = count(cfg, 32)
-        presets[name] = {"params": params, "macs_32": macs_32, "macs_128": count(cfg, 128)[1]}
+    def measure(cfg):
+        return {"params": count(cfg, 32)[0], "macs_32": count(cfg, 32)[1], "macs_128": count(cfg, 128)[1]}
+
+    rows = [{"step": step, **measure(ladder(step))} for step in LADDER]
+    presets = {name: measure(cfg) for name, cfg in PRESETS.items()}
     if args.json:
         print(json.dumps({"ladder": rows, "presets": presets}))
         return
-
-    print(
-        "The ladder of Fig. 2 and 3: text width 768, 77 tokens, time embedding 1024, mid depth 4 [A]. MACs of one forward."
-    )
-    print(
-        f"{'step':5}{'params M':>10}{'GMACs 32x32':>13}{'GMACs 128x128':>15}{'params':>9}{'MACs':>8}   the paper says"
-    )
+    print("The ladder of Fig. 2 and 3: text width 768, 77 tokens, time embedding 1024, mid depth 4 [A]. MACs of one forward.")
+    print("step   params M  GMACs 32x32  GMACs 128x128   params    MACs   the paper says")
     by_step = {row["step"]: row for row in rows}
     for before, row in zip([None, *rows], rows, strict=False):
         # The paper compares c as a whole with b; c1 is the step that Fig. 3 calls the plain separable convolution.
@@ -546,20 +450,13 @@ def main(argv=None):
         change = [f"{100 * (row[k] / before[k] - 1):+.1f} %" for k in ("params", "macs_128")] if before else ["", ""]
         print(f"{row['step']:5}{row['params'] / 1e6:10.1f}{row['macs_32'] / 1e9:13.1f}{row['macs_128'] / 1e9:15.0f}"
               f"{change[0]:>9}{change[1]:>8}   {PAPER_LADDER[row['step']]}")  # fmt: skip
-
     print("\nTable 1: ImageNet 256 px (32x32 latents). FID is the paper's; ours has not been trained.")
-    print(f"{'model':24}{'params M':>10}{'GMACs':>8}{'FID':>7}")
+    print("model                     params M   GMACs    FID")
     for name, params, macs, fid in TABLE_1:
         print(f"{name:24}{params:10}{macs:8}{fid:7.2f}")
     for name, row in presets.items():
-        print(f"{'ours, --size ' + name:24}{row['params'] / 1e6:10.1f}{row['macs_32'] / 1e9:8.1f}{'':>7}")
+        print(f"{'ours, --size ' + name:24}{row['params'] / 1e6:10.1f}{row['macs_32'] / 1e9:8.1f}")
     print("t2i is the same UNet with text states 2304 wide; the paper's text-to-image model has 379 M.")
-
-    for name, side in (("imagenet", 32), ("tiny", 8)):
-        print(f"\nWhere they are: --size {name} at a {side}x{side} latent, {PRESETS[name]}")
-        _, _, parts = count(PRESETS[name], side)
-        for part, (params, macs) in parts.items():
-            print(f"{part:12}{params / 1e6:10.3f} M{macs / 1e6:12.1f} MMACs")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from model import (
     rope_table,
     rotate,
 )
+from studies.ladder import count_parts
 
 # Our reconstruction of the paper's ladder: millions of parameters, GMACs at a 128x128 latent (see README).
 EXPECTED = {"a": (634.1, 1268), "b": (623.6, 1053), "c1": (475.0, 653), "c2": (529.8, 759), "d1": (464.1, 667),
@@ -45,16 +46,18 @@ def inputs(cfg, batch=2, side=8, tokens=5):
 
 @pytest.mark.parametrize("step", LADDER)
 def test_ladder_meets_the_papers_parameters_and_macs(step):
-    params, macs, _ = count(ladder(step), 128)
+    params, macs = count(ladder(step), 128)
     assert params / 1e6 == pytest.approx(EXPECTED[step][0], rel=0.01)
     assert macs / 1e9 == pytest.approx(EXPECTED[step][1], rel=0.01)
 
 
 def test_presets_meet_the_paper():
-    params, macs, parts = count(PRESETS["imagenet"], 32)
+    params, macs = count(PRESETS["imagenet"], 32)
     assert params / 1e6 == pytest.approx(372, rel=0.01)
     assert macs / 1e9 == pytest.approx(38, rel=0.05)
+    parts = count_parts(PRESETS["imagenet"], 32)
     assert sum(m for _, m in parts.values()) == macs
+    assert sum(p for p, _ in parts.values()) == params - 2 * 256  # the gains and offsets of norm_out
     assert count(PRESETS["t2i"], 32)[0] / 1e6 == pytest.approx(379, rel=0.01)
 
 
@@ -172,7 +175,7 @@ def test_rms_norm_is_torchs():
     x, grad = (torch.randn(3, 4, 32) * 10).requires_grad_(), torch.randn(3, 4, 32)
     ours, theirs = norm(x), F.rms_norm(x, (32,), norm.weight, eps=1e-6)
     assert torch.allclose(ours, theirs, atol=1e-5)
-    wanted = [x, norm.weight]  # the gradient is written by hand too
+    wanted = [x, norm.weight]
     for a, b in zip(*(torch.autograd.grad(y, wanted, grad) for y in (ours, theirs)), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
     with torch.no_grad():
@@ -252,6 +255,23 @@ def test_bigger_and_oblong_pictures_work_and_odd_ones_are_refused():
         assert net(x, torch.rand(1), torch.randn(1, 3, 24)).shape == x.shape
     with pytest.raises(ValueError, match="multiples of 4"):
         net(torch.randn(1, 4, 10, 8), torch.rand(1), torch.randn(1, 3, 24))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_features_are_what_the_layers_give(checkpointing):
+    """forward(feature=NAME) returns the velocity of before, and what a hook sees at that layer; its gradient reaches the layer."""
+    torch.manual_seed(0)
+    net, x = UNet(small()), inputs(small())
+    net.checkpointing = checkpointing
+    for name, (channels, coarser) in net.features().items():
+        seen = []
+        hook = net.get_submodule(name).register_forward_hook(lambda module, i, out, seen=seen: seen.append(out.detach()))
+        velocity, feature = net(*x, feature=name)
+        hook.remove()
+        assert torch.equal(feature, seen[0]) and feature.shape == (2, channels, 8 // coarser, 8 // coarser), name
+        assert torch.equal(velocity, net(*x))
+    feature.square().mean().backward()
+    assert net.conv_in[1].weight.grad.abs().sum() > 0
 
 
 def test_config_refuses_channels_that_do_not_divide():
