@@ -17,8 +17,8 @@ import torch
 
 
 def expand(t, x):
-    """t (B,) -> (B, 1, ..., 1), ready to multiply x (B, ...)."""
-    return t.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+    """t (B,) -> (B, 1, ..., 1), ready to multiply x (B, ...): of its dtype, on its device."""
+    return t.to(x).view(-1, *[1] * (x.dim() - 1))
 
 
 def interpolate(x0, eps, t):

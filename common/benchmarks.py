@@ -110,7 +110,7 @@ def write_npz(out, pictures, path):
     """All pictures as ADM's evaluator reads them: arr_0, (N, H, W, 3) uint8."""
     first = np.asarray(Image.open(Path(out) / pictures[0][0]))
     arr = np.empty((len(pictures), *first.shape), dtype=np.uint8)
-    for i, (name, _, _) in enumerate(tqdm(pictures, desc="packing")):
+    for i, (name, _, _) in enumerate(tqdm(pictures, desc="packing", disable=None)):
         arr[i] = np.asarray(Image.open(Path(out) / name))
 
     def write(p):

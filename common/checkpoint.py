@@ -1,4 +1,4 @@
-"""What a run folder holds, and how it is written and read. All stages share this file.
+"""What a run folder holds, and how its files are written and read (common/run.py fills it).
 
     runs/NAME/
         model.safetensors     EMA weights of the student, all that sampling needs beside config.json
@@ -9,32 +9,23 @@
 
 Weights are safetensors, the rest is JSON: nothing here can run code when it is loaded. Every file is written beside its
 place and renamed, so a kill or a full disk leaves the last good one.
+
+    python -m common.checkpoint runs/fm assets/zoo/fm     # a copy in half precision: half the megabytes
 """
 
-import argparse
-import csv
 import errno
 import json
 import os
-import platform
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 
 from common import parallel
+from common.arguments import Parser
 from model import UNet, UNetConfig
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with defaults, where there is one to tell."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def save_atomically(save, path):
@@ -63,37 +54,6 @@ def save_json(value, path):
     save_atomically(lambda p: p.write_text(json.dumps(value, indent=2) + "\n"), path)
 
 
-def pick_device(name=None):
-    """cuda, else mps, else cpu; or the one that is named. Raises SystemExit when that one is not there."""
-    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if found == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each rank
-        found = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(name or found)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise SystemExit(f"no device {name!r} here; leave --device out to use {found}.") from error
-    if device.type == "cpu":
-        np.finfo(np.float32), np.finfo(np.float64)  # numpy looks once, and would warn after the next line
-        torch.set_flush_denormal(True)  # denormal numbers are a hundred times slower
-    return device
-
-
-def describe_machine(device):
-    """What a reader needs to compare numbers: device, cores, versions, git commit."""
-    try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                             cwd=Path(__file__).parent, timeout=10).stdout.strip()  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        git = ""
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type}, {torch.get_num_threads()} threads"
-    )
-    return {"device": name, "python": platform.python_version(), "torch": torch.__version__, "commit": git or "unknown"}
-
-
 def save_network(folder, model, config, half=False, kind="unet"):
     """Write model.safetensors and config.json. `config` is a dict; the network's shape, model.cfg, is added as `kind`."""
     weights = {name: w.detach().cpu().contiguous() for name, w in model.state_dict().items()}
@@ -101,6 +61,16 @@ def save_network(folder, model, config, half=False, kind="unet"):
         weights = {name: w.half() for name, w in weights.items()}
     save_atomically(lambda p: safetensors.torch.save_file(weights, p), Path(folder) / "model.safetensors")
     save_json({**config, kind: asdict(model.cfg)}, Path(folder) / "config.json")
+
+
+def latest(stage):
+    """Where a later stage begins without --init: your own runs/STAGE, or else the zoo's, and a line that says so."""
+    own, zoo = Path("runs") / stage, Path("assets/zoo") / stage
+    if (own / "model.safetensors").is_file():
+        return str(own)
+    if parallel.rank() == 0:
+        print(f"there is no {own} yet: taking {zoo}, which was trained before")
+    return str(zoo)
 
 
 def load_student(folder, device="cpu"):
@@ -189,6 +159,18 @@ def _list(one_or_more):
     return one_or_more if isinstance(one_or_more, list) else [one_or_more]
 
 
+def state_settings(folder):
+    """The settings that a run was started with, {} if the folder holds none. Raises SystemExit when its state is damaged."""
+    path = Path(folder) / "train_state" / "state.safetensors"
+    if not path.is_file():
+        return {}
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["settings"])
+    except (LookupError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        raise SystemExit(f"{path} is damaged ({error!r}); delete the run and start again.") from error
+
+
 def load_state(folder, settings, optimizers, **models):
     """The inverse of save_state: returns the step to go on with, 0 if the folder holds no run yet.
 
@@ -219,53 +201,14 @@ def load_state(folder, settings, optimizers, **models):
                 index, field = name.split(".")[2:]
                 state.setdefault(int(index), {})[field] = value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        for (
-            weight,
-            values,
-        ) in optimizer.state.items():  # in the weight's own memory format: fused AdamW takes it for granted
+        for weight, values in optimizer.state.items():  # in the weight's own memory format: fused AdamW takes it for granted
             values.update({n: torch.empty_like(weight).copy_(v) for n, v in values.items() if v.shape == weight.shape})
     return parallel.agree(step)
 
 
-class Log:
-    """log.csv: one row per call. On resume, rows after the saved step are dropped, so that no step appears twice."""
-
-    def __init__(self, path, resume_step=0):
-        self.path, self.rows, self.whole = Path(path), [], False
-        if resume_step and self.path.is_file():
-            with open(self.path, newline="") as file:
-                whole = (row for row in csv.DictReader(file) if None not in row.values())
-                self.rows = [row for row in whole if int(row["step"]) <= resume_step]
-
-    def add(self, **row):
-        self.rows.append({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
-        if self.whole:  # the file holds all but this one
-            try:
-                with open(self.path, "a", newline="") as file:
-                    csv.DictWriter(file, row.keys()).writerow(self.rows[-1])
-            except OSError as error:
-                raise SystemExit(
-                    f"cannot write {self.path}: {error.strerror}. What was saved before is intact."
-                ) from error
-            return
-
-        def write(path):
-            with open(path, "w", newline="") as file:
-                writer = csv.DictWriter(file, self.rows[-1].keys())
-                writer.writeheader()
-                writer.writerows(self.rows)
-
-        save_atomically(write, self.path)
-        self.whole = True
-
-    def column(self, name):
-        return [float(row[name]) for row in self.rows]
-
-
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Copy a student's or decoder's folder in half precision: half the megabytes."
-    )
+    doc = "Copy a student's or decoder's folder in half precision: half the megabytes."
+    parser = Parser(doc, "python -m common.checkpoint runs/fm assets/zoo/fm")
     parser.add_argument("source", type=Path, help="a run's folder")
     parser.add_argument("target", type=Path, help="where the copy goes: model.safetensors and config.json")
     args = parser.parse_args(argv)

@@ -2,9 +2,12 @@
 
 import math
 
-from PIL import Image, ImageDraw, ImageFont
+import torch
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from common.checkpoint import save_atomically
+from common.distances import psnr
+from common.pictures import to_pictures, to_tensor
 
 
 def pyplot():
@@ -72,3 +75,18 @@ def captioned_grid(rows, captions, scale=1):
         for c, picture in enumerate(row):
             grid.paste(picture.resize((width, height), Image.Resampling.BICUBIC), (6 + c * (width + 4), top + 20))
     return grid
+
+
+def side_by_side(pictures, autoencoder, decoder, device, count, scale=2):
+    """A grid, a row a picture: original | teacher's decoder | tiny decoder | difference of the two decoders x 4."""
+    rows, captions = [], []
+    for i in range(min(count, len(pictures))):
+        x = to_tensor([pictures[i][0]]).to(device)
+        latents = autoencoder.encode_pictures(x)
+        restored = [autoencoder.decode_latents(latents), decoder.decode_latents(latents)]
+        row = to_pictures(torch.cat([x, *restored]))
+        difference = ImageChops.difference(row[1], row[2]).point(lambda v: min(255, 4 * v))
+        rows.append([*row, difference])
+        theirs, ours = (psnr(r, x).item() for r in restored)
+        captions.append(f"original | teacher {theirs:.1f} dB | tiny {ours:.1f} dB | difference x 4")
+    return captioned_grid(rows, captions, scale)

@@ -101,7 +101,7 @@ class CaptionedFolder:
     def __init__(self, folder, size=SIDE, captioned=True):
         self.size = size
         pairs, self.pairs, self.skipped = list_captions(folder, captioned), [], []
-        for path, caption in tqdm(pairs, desc="checking pictures", disable=len(pairs) < 500):
+        for path, caption in tqdm(pairs, desc="checking pictures", disable=True if len(pairs) < 500 else None):
             try:
                 open_picture(path)
                 self.pairs.append((path, caption))

@@ -19,7 +19,6 @@ What is written: 00000.safetensors, ... (latents, caption ids, text states, the 
 A shard that is there is not made again: stop it at any moment and run the same command.
 """
 
-import argparse
 import collections
 import concurrent.futures
 import functools
@@ -37,8 +36,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import parallel
-from common.checkpoint import HelpFormatter, pick_device, save_atomically, save_json
-from common.encoders import FrozenEncoders, join_text
+from common.arguments import Parser, add_device, integer, real
+from common.checkpoint import save_atomically, save_json
+from common.device import half, pick_device
+from common.encoders import FrozenEncoders, join_text, pad_text
 from common.pictures import list_captions, open_picture, to_tensor
 from common.seeds import batch_indices, rng
 
@@ -202,8 +203,7 @@ def encode(args):
     """Write --out: a shard for each part of the source, and index.json when all are there."""
     kind, parts = open_source(args.source, args.per_shard)
     device = pick_device(args.device)
-    half = torch.bfloat16 if device.type == "cuda" else torch.float32
-    encoders = FrozenEncoders(args.teacher, device, half, gemma=args.gemma)
+    encoders = FrozenEncoders(args.teacher, device, half(device), gemma=args.gemma)
     if args.resolution % (4 * encoders.factor):
         raise SystemExit(f"--resolution must be a multiple of {4 * encoders.factor}, not {args.resolution}.")
     settings = {
@@ -231,7 +231,7 @@ def encode(args):
     parallel.wait()  # all have looked before the first one writes
     todo = missing[parallel.rank() :: parallel.world()]
     bar = tqdm(desc=f"{kind}, {len(missing)} of {len(parts)} shards to encode", unit=" pictures", mininterval=1,
-               disable=parallel.rank() > 0)  # fmt: skip
+               disable=None if parallel.rank() == 0 else True)  # fmt: skip
     with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
         for number in todo:
             tensors, captions, names, left_out = encode_part(parts[number], number, encoders, args, bar, pool)
@@ -300,7 +300,7 @@ class ShardedLatents:
         SystemExit: no index, a shard missing or damaged, or encoded by other encoders.
     """
 
-    streamed = True
+    streamed, text_dim = True, None  # as of data.Latents
 
     def __init__(self, folder, encoders, held_out=False, keep=2048):
         self.folder, self.keep, self.read = Path(folder), keep, collections.OrderedDict()
@@ -390,10 +390,10 @@ class ShardedLatents:
         large, giant, gemma = [self.rows(ids)] * 3 if ids.dim() == 1 else map(self.rows, ids.unbind(1))
         states, mask = giant["states"][:, : self.longest], (large["mask"] | giant["mask"])[:, : self.longest]
         states[..., : self.first_clip] = large["states"][:, : self.longest, : self.first_clip]
-        if "gemma" not in gemma:
-            return states, mask
-        end = self.index["gemma_longest"]
-        return join_text([(states, mask), (gemma["gemma"][:, :end], gemma["gemma_mask"][:, :end])])
+        if "gemma" in gemma:
+            end = self.index["gemma_longest"]
+            states, mask = join_text([(states, mask), (gemma["gemma"][:, :end], gemma["gemma_mask"][:, :end])])
+        return pad_text(states, self.text_dim or states.shape[-1], self.first_clip), mask
 
     def clip(self, ids):
         rows = self.rows(ids if ids.dim() == 1 else ids.amax(1))
@@ -406,34 +406,22 @@ def open_shards(folder, encoders):
 
 
 def parse_arguments(argv=None):
-    p = argparse.ArgumentParser(
-        prog="data.py encode", description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter
-    )
-    p.add_argument(
-        "source", help="ImageNet's folder, a folder of .tar files or a pattern, or a folder of captioned pictures"
-    )
+    example = "python data.py encode /data/imagenet --out /data/imagenet-256 --resolution 256"
+    p = Parser(__doc__, example, prog="python data.py encode")
+    p.add_argument("source", help="ImageNet's folder, a folder of .tar files or a pattern, or a folder of captioned pictures")
     p.add_argument("--out", metavar="DIR", type=Path, required=True, help="where the shards go")
     p.add_argument("--teacher", metavar="DIR", default="assets/toy-sd3", help="SD3 folder whose encoders are used")
     p.add_argument("--gemma", metavar="DIR", help="folder of google/gemma-2-2b, a third text encoder")
-    p.add_argument("--resolution", type=int, required=True, help="side in pixels of what is encoded: 256, 512, 1024")
+    p.add_argument("--resolution", type=integer(1), required=True, help="side in pixels of what is encoded: 256, 512, 1024")
     p.add_argument("--crop", choices=("center", "random"), default="center", help="of what the square leaves over")
-    p.add_argument(
-        "--min-side", type=int, help="leave out pictures whose shorter side has fewer pixels; default: --resolution"
-    )
-    p.add_argument(
-        "--max-aspect", type=float, default=2.0, help="leave out pictures longer than this times their width"
-    )
-    p.add_argument(
-        "--per-shard", type=int, default=4096, help="pictures a shard; a .tar makes one shard, whatever it holds"
-    )
-    p.add_argument("--batch", type=int, default=16, help="pictures at once through the encoders")
-    p.add_argument("--workers", type=int, default=8, help="threads that open pictures")
-    p.add_argument("--seed", type=int, default=0, help="of random crops")
-    p.add_argument("--device", help="cuda, mps or cpu; chosen by itself if not given")
+    p.add_argument("--min-side", type=integer(0), help="leave out pictures whose shorter side has fewer; default: --resolution")
+    p.add_argument("--max-aspect", type=real(1), default=2.0, help="leave out pictures longer than this times their width")
+    p.add_argument("--per-shard", type=integer(1), default=4096, help="pictures a shard; a .tar makes one shard, whatever it holds")
+    p.add_argument("--batch", type=integer(1), default=16, help="pictures at once through the encoders")
+    p.add_argument("--workers", type=integer(1), default=8, help="threads that open pictures")
+    p.add_argument("--seed", type=integer(0), default=0, help="of random crops")
+    add_device(p)
     args = p.parse_args(argv)
-    for name in ("per_shard", "batch", "workers", "resolution"):
-        if getattr(args, name) < 1:
-            raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
     args.min_side = args.resolution if args.min_side is None else args.min_side
     return args
 

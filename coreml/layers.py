@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from decoder import Block
 from model import RMSNorm, Transformer2D, rope_table
 
 MASKED = -1e4  # added to the logit of padding; exp() of it is 0 in any precision, and float16 can hold it
@@ -68,9 +67,6 @@ class PhoneDecoder(nn.Module):
     def __init__(self, decoder):
         super().__init__()
         self.decoder = replace_modules(copy.deepcopy(decoder).eval(), nn.GroupNorm, LayerNormGroups)
-        for module in self.decoder.modules():
-            if isinstance(module, Block):
-                module.in_strips = False  # a phone's compiler cuts the work by itself
 
     def forward(self, latent):
         return ((self.decoder(latent) + 1) * 127.5).clamp(0, 255)

@@ -18,7 +18,6 @@ lost digits. precision "exact": float32 throughout. Sums inside one operation ar
 engine, which may order and round otherwise: say "interpreted", never "measured on device".
 """
 
-import argparse
 import collections
 import logging
 import warnings
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.checkpoint import HelpFormatter
+from common.arguments import Parser
 
 for name in ("coremltools", "coremltools.libcoremlpython"):
     logging.getLogger(name).setLevel(logging.ERROR)
@@ -282,7 +281,7 @@ def describe(op):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
+    p = Parser(__doc__, "python -m coreml.mil_interpreter build/decoder.mlpackage")
     p.add_argument("package", metavar="PACKAGE", help="an .mlpackage of export_coreml.py, or any with such operations")
     p.add_argument("--function", default="main", help="of a multifunction package")
     p.add_argument("--count", action="store_true", help="only count the operations")

@@ -20,12 +20,12 @@ import data
 import distill
 import sample
 import step_distill
-import studies
 import train_fm
 from common import shards
 from common.encoders import FrozenEncoders, pad_text
 from common.pictures import open_picture, to_tensor
 from common.shapes import ShapesWorld
+from studies.students import encode_prompts
 from teacher import Teacher
 
 pytestmark = pytest.mark.usefixtures("at_home")
@@ -214,7 +214,7 @@ def test_gemma_is_a_third_encoder_behind_the_clips(gemma):
         assert torch.equal(
             memory.clip(ids)[0], memory.clip(torch.tensor([1]))[0]
         )  # the teacher still reads the caption
-    ids = train_fm.noisy_batch(memory, 0, 3, 6000, 1.0, 0.1)[3].view(-1, 3)
+    ids = train_fm.noisy_batch(memory, 0, 3, 6000, 1.0, 0.1).ids.view(-1, 3)
     kept = ids[memory.batch(0, 3, 6000)[1] > 0] > 0
     assert (~kept).float().mean(0).tolist() == pytest.approx([0.19] * 3, abs=0.03)  # 0.1 all of them, then 0.1 each
     assert (~kept).all(1).float().mean().item() == pytest.approx(0.1, abs=0.02)
@@ -240,9 +240,9 @@ def test_all_stages_train_on_shards_with_gemma(home, tars, gemma, monkeypatch):
     # T5's states for a batch are those that Teacher computes once and for all when the captions fit in memory
     encoders = FrozenEncoders(folder, gemma=gemma)
     streamed, _ = shards.open_shards("runs/all", encoders)
-    x_t, t, _, ids = train_fm.noisy_batch(streamed, 0, 0, 4, 1.0, 0.1)
+    x_t, t, _, ids, *_ = train_fm.noisy_batch(streamed, 0, 0, 4, 1.0, 0.1)
     captions = streamed.captions_of(ids.amax(1))
-    text = studies.encode_prompts(captions, encoders)
+    text = encode_prompts(captions, encoders)
     known = torch.tensor([text.captions.index(caption) for caption in captions])
     with torch.no_grad():
         a = Teacher(folder, streamed)(x_t, t, ids)[0]

