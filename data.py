@@ -9,9 +9,6 @@ states: the paper trains in the latent space of SD3's autoencoder (Sec. 3.2), so
     python data.py encode SOURCE --out DIR  # large data sets (ImageNet, WebDataset): encoded once into shards (common/shards.py)
 """
 
-import argparse
-import collections
-import concurrent.futures
 import functools
 import hashlib
 import json
@@ -28,11 +25,13 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from common import parallel, shards
+from common.arguments import Parser, integer
 from common.checkpoint import save_atomically
-from common.encoders import join_text
+from common.encoders import join_text, pad_text
 from common.pictures import CaptionedFolder, to_tensor
 from common.seeds import batch_indices
 from common.shapes import SPLITS, ShapesWorld
+from model import PRESETS
 
 # ------------------------------------------------------------------------------------------------------------------
 # Latents and text states, computed once by the frozen encoders
@@ -45,7 +44,8 @@ class Latents:
     latents (N, 16, h, w) float16, model latents; caption_ids (N,) int64 into `captions`;
     states (K, T, D) float16, mask (K, T) bool, pooled (K, P) float16: see FrozenEncoders.encode_text;
     gemma (K, T', D') float16, gemma_mask (K, T') bool: see Gemma.encode; None without it;
-    first_clip: channels of `states` that belong to the first of the two CLIPs.
+    first_clip: channels of `states` that belong to the first of the two CLIPs;
+    text_dim: width of the states that text() gives, if not their own; name: stands for the pictures, to tell data sets apart.
     """
 
     latents: torch.Tensor
@@ -56,7 +56,9 @@ class Latents:
     pooled: torch.Tensor
     gemma: torch.Tensor | None = None
     gemma_mask: torch.Tensor | None = None
-    first_clip: int = 0
+    first_clip: int | None = None
+    text_dim: int | None = None
+    name: str = ""
     streamed = False  # ShardedLatents is: then nothing can be computed for all captions at once
 
     def __len__(self):
@@ -86,19 +88,23 @@ class Latents:
         return self.latents[index].float(), self.caption_ids[index]
 
     def text(self, ids):
-        """(states (B, T, D) float16, mask (B, T)) of captions, for the student.
+        """(states (B, T, text_dim) float16, mask (B, T)) of captions, for the student.
 
         ids is (B,): a caption for each picture, 0 the empty one. With Gemma, training drops each encoder by itself; then ids is
         (B, 3), a column each for CLIP-L, CLIP-G and Gemma, and a dropped encoder reads caption 0. Whoever wants the caption of
         the picture takes the row's maximum: 0 only if all three have dropped it.
         """
         if self.gemma is None:
-            return self.states[ids, : self.longest], self.mask[ids, : self.longest]
+            return self.fit(self.states[ids, : self.longest]), self.mask[ids, : self.longest]
         large, giant, gemma = (ids if ids.dim() == 1 else ids[:, i] for i in range(3))
         clip = self.states[giant, : self.longest]
         clip[..., : self.first_clip] = self.states[large, : self.longest, : self.first_clip]
         mask = self.mask[torch.maximum(large, giant), : self.longest]
-        return join_text([(clip, mask), (self.gemma[gemma], self.gemma_mask[gemma])])
+        states, mask = join_text([(clip, mask), (self.gemma[gemma], self.gemma_mask[gemma])])
+        return self.fit(states), mask
+
+    def fit(self, states):
+        return pad_text(states, self.text_dim or states.shape[-1], self.first_clip)
 
     def clip(self, ids):
         """(states (B, T, D), pooled (B, P)) float16 of captions, both CLIPs alone and padding included: for the teacher.
@@ -139,7 +145,7 @@ def encode_dataset(dataset, encoders, cache="runs/cache", batch=None):
 
     def encode_pictures():
         captions, ids, latents = {"": 0}, [], []
-        bar = tqdm(total=len(dataset), desc="encoding pictures", unit=" pictures", mininterval=1)
+        bar = tqdm(total=len(dataset), desc="encoding pictures", unit=" pictures", mininterval=1, disable=None)
         for start in range(0, len(dataset), batch):
             items = [dataset[i] for i in range(start, min(start + batch, len(dataset)))]
             latents.append(
@@ -167,22 +173,43 @@ def encode_dataset(dataset, encoders, cache="runs/cache", batch=None):
         if encoders.gemma is not None:
             name = key(*captions, encoders.gemma.fingerprint())
             text |= cached(Path(cache) / f"gemma-{name}.safetensors", encode_gemma)[0]
-    return Latents(captions=captions, **pictures, **text, first_clip=encoders.first_clip)
+    return Latents(captions=captions, **pictures, **text, first_clip=encoders.first_clip, name=dataset.name)
 
 
-def ahead(make, numbers, device):
-    """make(number) for each number; on a GPU the next one is made by a thread while this one is worked on."""
-    if device.type == "cpu":
-        yield from map(make, numbers)
-        return
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        waiting = collections.deque()
-        for number in numbers:
-            waiting.append(pool.submit(make, number))
-            if len(waiting) > 2:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+PROMPTS = (  # drawn from the same noise over and over while a student trains: easy families once, hard ones more often
+    "a photo of a star", "a photo of a red circle", "a photo of a square and a triangle", "a photo of three stars",
+    "a photo of two blue squares", "a photo of a triangle left of a circle", "a photo of a red star above a green square",
+    "a photo of a purple circle and a yellow star",
+)  # fmt: skip
+
+
+def open_data(args, encoders):
+    """(training data, validation data) of --data, or of the shapes world: Latents, or ShardedLatents from the disk.
+
+    Their text states are as wide as the UNet of --size takes them. Raises SystemExit with one sentence when --data cannot be read.
+    """
+    folder = Path(args.data) if args.data else None
+    if folder and list(folder.glob("0*.safetensors")):
+        parts = shards.open_shards(folder, encoders)
+        side = encoders.factor * parts[0].shape[-1]
+        if side != args.resolution:
+            raise SystemExit(f"the shards in {folder} are of {side} pixels: give --resolution {side}, or encode others.")
+    elif folder and (folder.suffix == ".tar" or shards.is_raw(folder)):
+        raise SystemExit(f"{folder} is encoded once before training: python data.py encode {folder} --out DIR "
+                         f"--resolution {args.resolution} --teacher {args.teacher}, then --data DIR.")  # fmt: skip
+    elif folder:
+        parts = [encode_dataset(part, encoders) for part in CaptionedFolder(folder, args.resolution).split()]
+    else:
+        worlds = ShapesWorld("train", 0, args.pictures), ShapesWorld("val", 0, 256)
+        parts = [encode_dataset(world, encoders) for world in worlds]
+    for part in parts:
+        part.text_dim = PRESETS[args.size].text_dim
+    return parts
+
+
+def sample_prompts(args, data):
+    """Eight captions to draw while training: PROMPTS, or some of --data's own."""
+    return [data.caption_of(i * len(data) // 8) for i in range(8)] if args.data else list(PROMPTS)
 
 
 def main(argv=None):
@@ -190,17 +217,14 @@ def main(argv=None):
     if argv[:1] == ["encode"]:
         shards.main(argv[1:])
         return
-    p = argparse.ArgumentParser(
-        description="Draw a captioned contact sheet of a data set. `data.py encode --help`: encode a large one into shards."
-    )
+    doc = "Draw a captioned contact sheet of a data set. `data.py encode --help`: encode a large one into shards."
+    p = Parser(doc, "python data.py --out sheet.png")
     p.add_argument("--data", metavar="DIR", help="folder of pictures with captions; without it, the shapes world")
-    p.add_argument("--split", choices=SPLITS, default="train", help="of the shapes world (default: train)")
-    p.add_argument("--seed", type=int, default=0, help="of the shapes world (default: 0)")
-    p.add_argument("--n", type=int, default=24, help="pictures (default: 24)")
-    p.add_argument("--out", metavar="FILE", default="data.png", help="where to write the sheet (default: data.png)")
+    p.add_argument("--split", choices=SPLITS, default="train", help="of the shapes world")
+    p.add_argument("--seed", type=integer(0), default=0, help="of the shapes world")
+    p.add_argument("--n", type=integer(1), default=24, help="pictures")
+    p.add_argument("--out", metavar="FILE", default="data.png", help="where to write the sheet")
     args = p.parse_args(argv)
-    if args.n < 1 or args.seed < 0:
-        raise SystemExit("--n must be at least 1, and --seed at least 0.")
     pictures = CaptionedFolder(args.data, 128) if args.data else ShapesWorld(args.split, args.seed, args.n)
     items = [pictures[i] for i in range(min(args.n, len(pictures)))]
     side, columns, font = 128, 4, ImageFont.load_default(11)

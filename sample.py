@@ -12,7 +12,6 @@ on where it was stopped, runs on several GPUs by torchrun, and knows GenEval's, 
     torchrun --nproc_per_node 8 -- sample.py --prompts LOC_synset_mapping.txt --n 50 --model runs/imagenet --out adm --npz adm.npz
 """
 
-import argparse
 import json
 import warnings
 from pathlib import Path
@@ -22,8 +21,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import flow
-from common import benchmarks, parallel
-from common.checkpoint import HelpFormatter, check_encoders, load_student, pick_device, save_atomically, save_json
+from common import arguments, benchmarks, parallel
+from common.arguments import integer
+from common.checkpoint import check_encoders, load_student, save_atomically, save_json
+from common.device import pick_device
 from common.encoders import FrozenEncoders, hash_folders
 from common.figures import captioned_grid
 from common.pictures import to_pictures
@@ -32,38 +33,25 @@ from decoder import load_decoder
 
 
 @torch.no_grad()
-def draw_pictures(
-    model,
-    config,
-    encoders,
-    prompts,
-    seeds,
-    steps=None,
-    guidance=None,
-    shift=None,
-    batch=64,
-    callback=None,
-    decoder=None,
-):
+def draw_pictures(model, config, encoders, prompts, seeds, steps=None, guidance=None, shift=None, batch=64, callback=None,
+                  decoder=None):  # fmt: skip
     """One picture (PIL) per prompt. `seeds` holds one integer a prompt: a picture depends on its prompt and seed alone.
 
-    steps, guidance and shift default to what the student's config says it was made for, with the very times if it names them
+    steps, guidance and shift default to the sampling settings in the student's config, with the very times if it names them
     (stage 3 does); `decoder` (anything with decode_latents, such as decoder.TinyDecoder) to the encoders' own. `callback` is
     passed on to flow.euler_sample.
     """
-    habits = config["sampling"]
-    times = habits.get("times") if steps is None and shift is None else None
-    steps = habits["steps"] if steps is None else steps
-    guidance = habits["guidance"] if guidance is None else guidance
-    shift = habits["shift"] if shift is None else shift
-    device, width = next(model.parameters()).device, model.cfg.text_dim
+    sampling = config["sampling"]
+    times = sampling.get("times") if steps is None and shift is None else None
+    steps = sampling["steps"] if steps is None else steps
+    guidance = sampling["guidance"] if guidance is None else guidance
+    shift = sampling["shift"] if shift is None else shift
+    device, width, shape = encoders.device, model.cfg.text_dim, (model.cfg.latent_channels, *config["latent_size"])
     pictures = []
-    for start in tqdm(range(0, len(prompts), batch), desc="drawing", disable=len(prompts) <= batch):
+    bar = tqdm(range(0, len(prompts), batch), desc="drawing", disable=True if len(prompts) <= batch else None)
+    for start in bar:
         some = prompts[start : start + batch]
-        shape = (model.cfg.latent_channels, *config["latent_size"])
-        noise = torch.stack([torch.randn(shape, generator=rng(seed)) for seed in seeds[start : start + batch]]).to(
-            device
-        )
+        noise = torch.stack([torch.randn(shape, generator=rng(seed)) for seed in seeds[start : start + batch]]).to(device)
         text, empty = (encoders.student_text(captions, width) for captions in (some, [""] * len(some)))
         latents = flow.euler_sample(model, noise, text, empty, steps, guidance, shift, callback, times)
         pictures += to_pictures((decoder or encoders).decode_latents(latents))
@@ -82,8 +70,8 @@ def pick_decoder(folder, encoders):
 def draw_files(model, config, encoders, args, decoder):
     """Draw every prompt of --prompts into --out, in the layout that common/benchmarks.py finds for it. What is there stays."""
     layout, pictures, names = benchmarks.plan(args.prompts, args.n, args.seed)
-    names_of_settings = "model prompts n steps guidance shift seed resolution decoder"
-    settings = {name: getattr(args, name) for name in names_of_settings.split()}
+    names_of_flags = "model prompts n steps guidance shift seed resolution decoder"
+    settings = {name: getattr(args, name) for name in names_of_flags.split()}
     files = [Path(args.model) / name for name in ("model.safetensors", "config.json")]
     settings |= {"weights": hash_folders(files)}
     out = Path(args.out)
@@ -96,7 +84,7 @@ def draw_files(model, config, encoders, args, decoder):
             save_json(settings, path)
     mine = pictures[parallel.rank() :: parallel.world()]
     todo = [(out / path, prompt, seed) for path, prompt, seed in mine if not (out / path).is_file()]
-    bar = tqdm(total=len(todo), desc="drawing", unit=" pictures", disable=parallel.rank() > 0)
+    bar = tqdm(total=len(todo), desc="drawing", unit=" pictures", disable=None if parallel.rank() == 0 else True)
     for start in range(0, len(todo), args.batch):
         paths, prompts, seeds = zip(*todo[start : start + args.batch], strict=True)
         drawn = draw_pictures(model, config, encoders, prompts, seeds, args.steps, args.guidance, args.shift, args.batch,
@@ -113,38 +101,33 @@ def draw_files(model, config, encoders, args, decoder):
         print(f"wrote {len(pictures)} pictures to {out}" + (f", and {args.npz}" if args.npz else ""))
 
 
+def save_trajectory(steps, decoder, path):
+    """The denoising as a film (.gif) or a strip: x_t and the predicted x_0 of [(t, x_t (1, C, h, w), x_0), ...]."""
+    noisy, clean = (to_pictures(decoder.decode_latents(torch.cat(xs))) for xs in zip(*((x, x0) for _, x, x0 in steps), strict=True))
+    if not path.lower().endswith(".gif"):
+        save_atomically(captioned_grid([noisy, clean], ["x_t, from noise to picture", "predicted x_0"]).save, path)
+        return
+    pairs = zip(steps, noisy, clean, strict=True)
+    frames = [captioned_grid([[a, b]], [f"t = {t:.2f}"], 3) for (t, _, _), a, b in pairs]
+    film = dict(save_all=True, append_images=frames[1:], duration=[120] * (len(frames) - 1) + [1500], loop=0)
+    save_atomically(lambda p: frames[0].save(p, **film), path)
+
+
 def parse_arguments(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
+    p = arguments.Parser(__doc__, 'python sample.py "a photo of a red circle above a blue square" --seed 0 --out out.png')
     p.add_argument("text", nargs="*", metavar="PROMPT", help="what to draw; several make a grid, one row each")
-    p.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help="draw every line of this file, or a benchmark's prompts; --out is then a folder",
-    )
+    p.add_argument("--prompts", metavar="FILE", help="draw a file's lines, or a benchmark's prompts, into the folder --out")
     p.add_argument("--model", metavar="DIR", default="assets/zoo/fm", help="a student's folder")
-    p.add_argument(
-        "--teacher", metavar="DIR", help="SD3 folder with the encoders, if not the one named in the student's config"
-    )
-    p.add_argument(
-        "--decoder", metavar="DIR", help="tiny decoder, such as assets/zoo/decoder; default: the teacher's own"
-    )
-    p.add_argument("--n", type=int, default=1, help="pictures per prompt, from seeds seed, seed + 1, ...")
-    p.add_argument("--batch", type=int, default=64, help="pictures at once")
+    p.add_argument("--teacher", metavar="DIR", help="SD3 folder with the encoders, if not the one named in the student's config")
+    arguments.add_sampling(p)
+    p.add_argument("--n", type=integer(1), default=1, help="pictures per prompt, from seeds seed, seed + 1, ...")
+    p.add_argument("--batch", type=integer(1), default=64, help="pictures at once")
+    p.add_argument("--seed", type=integer(0), default=0, help="of the noise")
+    p.add_argument("--resolution", type=integer(1), help="side of the picture in pixels, if not the one trained on")
+    p.add_argument("--trajectory", metavar="FILE", help="also save x_t and predicted x_0 of each step: .gif, or .png for a strip")
     p.add_argument("--npz", metavar="FILE", help="with --prompts: also all pictures in one file, for ADM's FID")
-    p.add_argument("--steps", type=int, help="Euler steps; default: what the student was made for")
-    p.add_argument("--guidance", type=float, help="classifier-free guidance, 1 = none; default: the student's")
-    p.add_argument("--shift", type=float, help="timestep shift; default: the student's")
-    p.add_argument("--seed", type=int, default=0, help="of the noise")
-    p.add_argument("--resolution", type=int, help="side of the picture in pixels, if not the one trained on")
-    p.add_argument(
-        "--trajectory",
-        metavar="FILE",
-        help="also save x_t and the predicted x_0 of every step: .gif, or .png for a strip",
-    )
-    p.add_argument(
-        "--out", metavar="PATH", help="picture (default: out.png), or folder with --prompts (default: drawn)"
-    )
-    p.add_argument("--device", help="cuda, mps or cpu; chosen by itself if not given")
+    p.add_argument("--out", metavar="PATH", help="picture (default: out.png), or folder with --prompts (default: drawn)")
+    arguments.add_device(p)
     return p.parse_args(argv)
 
 
@@ -155,9 +138,6 @@ def main(argv=None):
         raise SystemExit('nothing to draw: give a prompt, such as "a photo of a red circle", or --prompts FILE.')
     if any(not prompt.strip() for prompt in prompts):
         warnings.warn("an empty prompt draws whatever the model likes best", stacklevel=2)
-    for name, low in (("n", 1), ("batch", 1), ("steps", 1), ("guidance", 0), ("shift", 1e-3)):
-        if getattr(args, name) is not None and getattr(args, name) < low:
-            raise SystemExit(f"--{name} must be at least {low}, not {getattr(args, name)}.")
     args.out = args.out or ("drawn" if args.prompts else "out.png")
     for path in (args.trajectory, None if args.prompts else args.out):
         if path and Path(path).suffix.lower() not in Image.registered_extensions():
@@ -176,47 +156,19 @@ def main(argv=None):
     if args.prompts:
         draw_files(model, config, encoders, args, decoder)
         return
-    steps_seen = []
-    remember = (lambda i, t, x, x0: steps_seen.append((t, x[:1], x0[:1]))) if args.trajectory else None
+    seen = []  # (t, x_t, predicted x_0) of each step, of the first prompt
+    remember = (lambda i, t, x, x0: seen.append((t, x[:1], x0[:1]))) if args.trajectory else None
     everything = [prompt for prompt in prompts for _ in range(args.n)]
     seeds = [args.seed + i % args.n for i in range(len(everything))]
-    pictures = draw_pictures(
-        model,
-        config,
-        encoders,
-        everything,
-        seeds,
-        args.steps,
-        args.guidance,
-        args.shift,
-        args.batch,
-        callback=remember,
-        decoder=decoder,
-    )
-
+    pictures = draw_pictures(model, config, encoders, everything, seeds, args.steps, args.guidance, args.shift, args.batch,
+                             remember, decoder)  # fmt: skip
     if len(everything) == 1:
         save_atomically(pictures[0].save, args.out)
     else:
         rows = [pictures[i * args.n : (i + 1) * args.n] for i in range(len(prompts))]
         save_atomically(captioned_grid(rows, prompts, scale=2).save, args.out)
     if args.trajectory:
-        steps_seen = steps_seen[: len(steps_seen) // -(-len(everything) // args.batch)]  # the first batch only
-        noisy = to_pictures(decoder.decode_latents(torch.cat([x for _, x, _ in steps_seen])))
-        clean = to_pictures(decoder.decode_latents(torch.cat([x0 for _, _, x0 in steps_seen])))
-        if args.trajectory.lower().endswith(".gif"):
-            frames = [
-                captioned_grid([[a, b]], [f"t = {t:.2f}"], 3)
-                for (t, _, _), a, b in zip(steps_seen, noisy, clean, strict=True)
-            ]
-            durations = [120] * (len(frames) - 1) + [1500]
-            save_atomically(
-                lambda p: frames[0].save(p, save_all=True, append_images=frames[1:], duration=durations, loop=0),
-                args.trajectory,
-            )
-        else:
-            save_atomically(
-                captioned_grid([noisy, clean], ["x_t, from noise to picture", "predicted x_0"]).save, args.trajectory
-            )
+        save_trajectory(seen[: len(seen) // -(-len(everything) // args.batch)], decoder, args.trajectory)  # the first batch
         print(f"wrote {args.trajectory}")
     print(f"wrote {args.out}")
 

@@ -1,6 +1,6 @@
 """The frozen teacher: the transformer (MMDiT) of a Stable Diffusion 3 folder, its text, and its inner features.
 
-Stage 2 learns from its velocity and its last block, stage 3 judges pictures by several of its blocks. `assets/toy-sd3` and a
+Stage 2 learns from its velocity and its last block, the discriminator of stage 3 looks through several. `assets/toy-sd3` and a
 folder of stable-diffusion-3.5-large are read by the same lines. Its conventions, beside ours:
 
     time    diffusers counts the t of flow.py from 0 to 1000
@@ -115,7 +115,7 @@ class Teacher:
             if not -len(blocks) <= layer < len(blocks):
                 raise SystemExit(f"the teacher has {len(blocks)} blocks; there is no layer {layer}.")
             blocks[layer].register_forward_hook(lambda block, i, out, layer=layer: self.seen.update({layer: out[1]}))
-        self.feature_dim, self.last = self.net.inner_dim, None
+        self.feature_dim, self.patch, self.last = self.net.inner_dim, self.net.config.patch_size, None
 
         # text: CLIP's states come with the data; T5's are computed once for its captions, or as they come if there are many
         self.data, self.live, self.t5 = data, T5(folder, device, dtype) if data.streamed else None, None
@@ -142,6 +142,11 @@ class Teacher:
             states = cached(Path(cache) / f"t5-{key}.safetensors", compute)[0]["t5"]
         return states if len(states) else None
 
+    def compile(self):
+        """torch.compile each block: minutes to start, then faster."""
+        for block in self.net.transformer_blocks:
+            block.compile()
+
     def text(self, ids):
         """What the transformer reads of captions: (states (B, T, D), pooled (B, P)), as diffusers' pipeline lays them out."""
         ids = ids if ids.dim() == 1 else ids.amax(1)
@@ -163,7 +168,7 @@ class Teacher:
         return self.live(self.data.captions_of(different))[where]
 
     def __call__(self, x_t, t, ids, guidance=1.0):
-        """What the teacher thinks of noisy latents.
+        """What the teacher says about noisy latents.
 
         Args:
             x_t: (B, C, H, W) noisy latents; t: (B,) in [0, 1]; ids: (B,) rows of the data's captions, 0 the empty one.
@@ -182,7 +187,7 @@ class Teacher:
             timestep=1000 * t.to(self.device, torch.float32),
             return_dict=False,
         )[0]
-        grid = [side // self.net.config.patch_size for side in x_t.shape[2:]]
+        grid = [side // self.patch for side in x_t.shape[2:]]
         # contiguous: torch 2.13 on the CPU crashes in a convolution's second derivative otherwise
         features = [self.seen.pop(n).transpose(1, 2).unflatten(2, grid).float().contiguous() for n in self.layers]
         return velocity.float(), features

@@ -15,8 +15,9 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+import flow
 import train_fm
-from common import checkpoint
+from common import checkpoint, run
 from model import PRESETS, UNet
 
 pytestmark = pytest.mark.usefixtures("at_home")
@@ -110,7 +111,7 @@ def test_a_loss_that_explodes_stops_the_run_and_saves_nothing_bad():
 def test_ema_follows_the_model_and_keeps_no_graph():
     model, ema = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3).requires_grad_(False)
     start = ema.weight.clone()
-    train_fm.update_ema(ema, model, step=10_000, longest=0.9)
+    run.update_ema(ema, model, step=10_000, longest=0.9)
     assert torch.allclose(ema.weight, 0.9 * start + 0.1 * model.weight)
     assert not ema.weight.requires_grad and ema.weight.grad_fn is None
 
@@ -131,9 +132,9 @@ def test_init_takes_over_the_weights_and_another_size_is_refused(finished, tmp_p
 
 
 def test_training_learns_one_batch_by_heart():
-    cfg = train_fm.PRESETS["tiny"]
+    cfg = PRESETS["tiny"]
     torch.manual_seed(0)
-    model = train_fm.UNet(cfg)
+    model = UNet(cfg)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     x0, eps, t, text = (
         torch.randn(4, 16, 8, 8),
@@ -141,7 +142,7 @@ def test_training_learns_one_batch_by_heart():
         torch.rand(4),
         torch.randn(4, 6, cfg.text_dim),
     )
-    x_t, v = train_fm.flow.interpolate(x0, eps, t), train_fm.flow.velocity(x0, eps)
+    x_t, v = flow.interpolate(x0, eps, t), flow.velocity(x0, eps)
     losses = []
     for _ in range(60):
         loss = (model(x_t, t, text) - v).square().mean()
@@ -159,11 +160,14 @@ def test_noise_depends_on_seed_and_step_alone_and_captions_are_dropped():
         def batch(self, seed, step, size, rows=slice(None)):
             return torch.zeros(size, 1, 1, 1), torch.ones(size, dtype=torch.long)
 
+        def text(self, ids):
+            return torch.zeros(len(ids), 2, 3), torch.ones(len(ids), 2, dtype=torch.bool)
+
     a, b = (train_fm.noisy_batch(Ones(), 0, 7, 4000, 3.0, 0.1) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert not torch.equal(a[1], train_fm.noisy_batch(Ones(), 0, 8, 4000, 3.0, 0.1)[1])
     assert (a[3] == 0).float().mean().item() == pytest.approx(0.1, abs=0.02)
-    x_t, t, v, _ = a
+    x_t, t, v = a[:3]
     assert torch.allclose(x_t, t.view(-1, 1, 1, 1) * v, atol=1e-6)  # with x_0 = 0: x_t = t eps, v = eps
 
 
@@ -177,9 +181,9 @@ def test_muon_takes_the_matrices_of_the_transformers_and_adamw_all_else(home):
     assert len(train_fm.make_optimizers(model, 1e-3, "adamw")) == 1
     arguments = [*SMALL, "--optimizer", "muon", "--steps", "2", "--save-every", "1", "--out"]
     train_fm.main([*arguments, "runs/muon"])
-    save = train_fm.save_state
+    save = run.save_state
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_fm, "save_state", lambda *a, **k: (save(*a, **k), (_ for _ in ()).throw(KeyboardInterrupt)))
+        patch.setattr(run, "save_state", lambda *a, **k: (save(*a, **k), (_ for _ in ()).throw(KeyboardInterrupt)))
         train_fm.main([*arguments, "runs/muon-resumed"])
     train_fm.main([*arguments, "runs/muon-resumed", "--resume"])
     files = [(home / "runs" / name / "model.safetensors").read_bytes() for name in ("muon", "muon-resumed")]
@@ -187,7 +191,7 @@ def test_muon_takes_the_matrices_of_the_transformers_and_adamw_all_else(home):
 
 
 def test_learning_rate_rises_stays_and_falls():
-    rate = [train_fm.learning_rate(step, 1000, 1.0) for step in range(1000)]
+    rate = [run.learning_rate(step, 1000) for step in range(1000)]
     assert rate[0] < 0.01 and rate[300] == 1.0 and 0 < rate[-1] < 0.01 and max(rate) == 1.0
 
 
