@@ -15,12 +15,14 @@ from torch.distributions import Normal, SigmoidTransform, TransformedDistributio
 from transformers import T5Config, T5EncoderModel
 
 import distill
-import studies
 import train_fm
+from common import run
 from common.checkpoint import load_student
 from common.encoders import FrozenEncoders
 from evaluate import prompts_of
 from sample import draw_pictures
+from studies import losses
+from studies.students import encode_prompts
 from teacher import Teacher
 
 pytestmark = pytest.mark.usefixtures("at_home")
@@ -76,11 +78,12 @@ def test_scaling_does_not_depend_on_the_features_unit():
 
 def test_total_loss_of_each_setting():
     losses = {"task": torch.tensor([0.5, 1.0]), "out": torch.tensor([0.1, 0.2]), "feat": torch.tensor([3.0, 5.0])}
-    t, weights = torch.tensor([0.3, 0.6]), {"out": 2.0, "feat": 0.5}
-    assert distill.combine({"task": losses["task"]}, t, "scaled", weights) == 0.75
-    assert torch.isclose(distill.combine(losses, t, "linear", weights), torch.tensor(0.75 + 2 * 0.15 + 0.5 * 4.0))
+    t, flags = torch.tensor([0.3, 0.6]), ["--out-weight", "2", "--feat-weight", "0.5", "--weighting"]
+    scaled, linear = (distill.parse_arguments([*flags, weighting]) for weighting in ("scaled", "linear"))
+    assert torch.equal(distill.combine({"task": losses["task"]}, t, scaled), losses["task"])
+    assert torch.allclose(distill.combine(losses, t, linear), torch.tensor([0.5 + 2 * 0.1 + 0.5 * 3, 1 + 2 * 0.2 + 0.5 * 5]))
     total = distill.scaled(losses["task"], losses["out"], t) + distill.scaled(losses["task"], losses["feat"], t)
-    assert torch.isclose(distill.combine(losses, t, "scaled", weights), total.mean())
+    assert torch.isclose(distill.combine(losses, t, scaled), total).all()
 
 
 @pytest.mark.parametrize(("side", "teacher_side"), [(8, 4), (4, 4), (2, 4), (16, 4)])
@@ -101,7 +104,7 @@ def test_teacher_sees_what_diffusers_pipeline_gives_it(tmp_path):
     pipe = StableDiffusion3Pipeline.from_pretrained("assets/toy-sd3")
     states, _, pooled, _ = pipe.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False)
     encoders = FrozenEncoders("assets/toy-sd3")
-    text = studies.encode_prompts(PROMPTS, encoders)
+    text = encode_prompts(PROMPTS, encoders)
     teacher = Teacher("assets/toy-sd3", text, cache=tmp_path)
     assert states.shape[1] == 24 + 256 and teacher.text(torch.tensor([1]))[0].shape[1] == 25
     x, t, ids = torch.randn(2, 16, 8, 8), torch.tensor([0.3, 0.9]), torch.tensor([1, 2])
@@ -140,7 +143,7 @@ def test_teacher_with_a_t5_that_speaks(tmp_path):
     pipe = StableDiffusion3Pipeline.from_pretrained(folder)
     states, _, pooled, _ = pipe.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False)
     encoders = FrozenEncoders(folder)
-    text = studies.encode_prompts(PROMPTS, encoders)
+    text = encode_prompts(PROMPTS, encoders)
     teachers = [Teacher(folder, text, cache=tmp_path / "cache") for _ in range(2)]  # the second reads the cache
     x, t, ids = torch.randn(2, 16, 8, 8), torch.tensor([0.3, 0.9]), torch.tensor([1, 2])
     with torch.no_grad():
@@ -159,15 +162,15 @@ def test_teacher_with_a_t5_that_speaks(tmp_path):
 def test_a_run_leaves_a_student_without_phi(finished):
     model, config = load_student(finished)
     assert config["stage"] == "distill" and config["sampling"] == {"steps": 28, "guidance": 3.0, "shift": 3.0}
-    assert not [name for name in safetensors.torch.load_file(finished / "model.safetensors") if "phi" in name]
+    assert not [name for name in safetensors.torch.load_file(finished / "model.safetensors") if "projector" in name]
     assert [
-        n for n in safetensors.torch.load_file(finished / "train_state" / "state.safetensors") if n.startswith("phi.")
+        n for n in safetensors.torch.load_file(finished / "train_state" / "state.safetensors") if n.startswith("projector.")
     ]
     rows = list(csv.DictReader(open(finished / "log.csv")))
     assert [row["step"] for row in rows] == ["2", "4"]
     for name in ("loss_task", "loss_out", "loss_feat", "ratio_out", "ratio_feat", "cosine", "val_loss", "grad_norm"):
         assert float(rows[-1][name]) > 0, name
-    assert {f"{level}_t{t}" for level in ("task", "out", "feat") for t in ("0.0", "0.2", "0.4", "0.6", "0.8")} <= rows[
+    assert {f"loss_{level}_t{t}" for level in ("task", "out", "feat") for t in ("0.0", "0.2", "0.4", "0.6", "0.8")} <= rows[
         0
     ].keys()
     pictures = draw_pictures(model, config, FrozenEncoders("assets/toy-sd3"), ["a photo of a star"], [0], steps=2)
@@ -176,14 +179,14 @@ def test_a_run_leaves_a_student_without_phi(finished):
 
 def test_resumed_is_bit_for_bit_the_same(finished, home):
     arguments = [*SMALL, "--steps", "4", "--save-every", "2", "--out", str(home / "runs" / "resumed")]
-    save = distill.save_state
+    save = run.save_state
 
     def save_and_stop(*args, **networks):
         save(*args, **networks)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(distill, "save_state", save_and_stop)
+        patch.setattr(run, "save_state", save_and_stop)
         distill.main(arguments)
     with pytest.raises(SystemExit, match="--losses was task"):
         distill.main([*arguments, "--resume", "--losses", "task"])
@@ -202,10 +205,10 @@ def test_without_a_teacher_it_is_stage_one(home):
 def test_every_level_moves_the_student(home):
     """Each of the five rows of the ablation has another gradient, also at the UNet's first layer (AdamW keeps it)."""
     gradients = []
-    for row in distill.ROWS.values():
-        losses, weighting = row["losses"], row["weighting"]
-        out = home / "runs" / f"{losses}-{weighting}"
-        distill.main([*SMALL, "--steps", "1", "--losses", losses, "--weighting", weighting, "--out", str(out)])
+    for row in losses.ROWS.values():
+        levels, weighting = row["losses"], row["weighting"]
+        out = home / "runs" / f"{levels}-{weighting}"
+        distill.main([*SMALL, "--steps", "1", "--losses", levels, "--weighting", weighting, "--out", str(out)])
         gradients.append(
             safetensors.torch.load_file(out / "train_state" / "state.safetensors")["optimizer.0.0.exp_avg"]
         )
@@ -214,22 +217,22 @@ def test_every_level_moves_the_student(home):
 
 
 def test_figures_and_ablation(home, finished, capsys, monkeypatch):
-    monkeypatch.setattr(studies, "prompts_of", lambda split, n, seed: prompts_of(split, 1, seed))  # fewer pictures
+    monkeypatch.setattr(losses, "prompts_of", lambda split, n, seed: prompts_of(split, 1, seed))  # fewer pictures
     monkeypatch.setattr(
-        distill, "ROWS", dict(list(distill.ROWS.items())[1::2])
+        losses, "ROWS", dict(list(losses.ROWS.items())[1::2])
     )  # two of the five: each was trained above
-    distill.main([*SMALL, "--plot-scaling", str(finished), "--out", "runs/figures"])
-    distill.main([*SMALL, "--compare", "assets/zoo/fm", str(finished), "--out", "runs/figures"])
+    losses.main([*SMALL, "--plot-scaling", str(finished), "--out", "runs/figures"])
+    losses.main([*SMALL, "--compare", "assets/zoo/fm", str(finished), "--out", "runs/figures"])
     assert {p.name for p in (home / "runs/figures").iterdir()} == {"scaling.png", "compare.png"}
     arguments = [*SMALL, "--ablate", "--steps", "1", "--seeds", "1", "--per-family", "1", "--out", "runs/ablation"]
     capsys.readouterr()
-    distill.main(arguments)
+    losses.main(arguments)
     first = capsys.readouterr().out
-    assert all(name in first for name in distill.ROWS)
-    distill.main(arguments)  # everything is there: the same table, at once
+    assert all(name in first for name in losses.ROWS)
+    losses.main(arguments)  # everything is there: the same table, at once
     assert capsys.readouterr().out.split("mini-GenEval")[1] == first.split("mini-GenEval")[1]
     results = json.loads((home / "runs/ablation/ablation.json").read_text())
-    assert set(results) == set(distill.ROWS) and all(
+    assert set(results) == set(losses.ROWS) and all(
         0 <= run["overall"] <= 1 for runs in results.values() for run in runs
     )
 
