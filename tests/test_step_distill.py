@@ -1,4 +1,4 @@
-"""Stage 3: the few-step target, the judge and who learns from it, the training as a user meets it."""
+"""Stage 3: the few-step target, the discriminator and who learns from it, the training as a user meets it."""
 
 import csv
 import json
@@ -14,12 +14,14 @@ from diffusers import SD3Transformer2DModel
 import distill
 import flow
 import step_distill
-import studies
 import train_fm
+from common import run
 from common.checkpoint import load_student
 from common.encoders import FrozenEncoders
+from data import open_data
 from evaluate import prompts_of
 from sample import draw_pictures
+from studies import few_steps
 
 pytestmark = pytest.mark.usefixtures("at_home")
 ROOT = Path(__file__).parent.parent
@@ -118,34 +120,32 @@ class Captions:
     def batch(self, seed, step, size, rows=slice(None)):
         return torch.full((size, 16, 8, 8), self.value)[rows], (torch.arange(size) % 3)[rows]
 
+    def text(self, ids):
+        return torch.zeros(len(ids), 2, 3), torch.ones(len(ids), 2, dtype=torch.bool)
 
-def test_starting_points(monkeypatch):
-    """At t = 1 nothing of x_0 is left; real rows lie on the straight line; own rows were walked there by the student."""
 
-    def of_t_and_caption(model, cfg, data, x, t, ids, device):
-        return flow.expand(t**2 + ids, x) * torch.ones_like(x)
-
-    monkeypatch.setattr(step_distill, "predict", of_t_and_caption)
+def test_points(monkeypatch):
+    """At t = 1 nothing of x_0 is left; real rows lie on the straight line; on-policy rows were walked there by the student."""
+    monkeypatch.setattr(step_distill, "predict", lambda model, b: flow.expand(b.t**2 + b.ids, b.x_t) * torch.ones_like(b.x_t))
     args = step_distill.parse_arguments([*SMALL, "--batch", "64"])
-    model = type("Student", (), {"cfg": None})
-    times = flow.sampling_timesteps(4, 3.0)[:-1]
-    runs = [
-        step_distill.starting_points(model, Captions(value), args, times, 5, torch.device("cpu"))
+    times, cpu = flow.sampling_timesteps(4, 3.0)[:-1], torch.device("cpu")
+    p, other = (
+        step_distill.walk_on_policy(None, step_distill.draw_points(Captions(value), args, times, 5), times, cpu, at_once=10)
         for value in (0.0, 7.0)
-    ]
-    (x0, eps, x_t, t, ids, own), (_, _, other, *_) = runs
-    assert torch.equal(x_t[t == 1], eps[t == 1]) and torch.equal(x_t[t == 1], other[t == 1])
-    assert torch.allclose(x_t[~own], flow.interpolate(x0, eps, t)[~own])
-    for i in own.nonzero()[:, 0]:  # Euler steps from one time to the next, with the velocity of that time and caption
-        walked, path = eps[i].clone(), [*times.tolist(), 0.0]
+    )
+    assert torch.equal(p.x_t[p.t == 1], p.eps[p.t == 1]) and torch.equal(p.x_t[p.t == 1], other.x_t[p.t == 1])
+    assert torch.allclose(p.x_t[~p.on_policy], flow.interpolate(p.x_0, p.eps, p.t)[~p.on_policy])
+    assert torch.equal(p.v, p.eps - p.x_0) and torch.equal(p.t, times[p.which])
+    for i in p.on_policy.nonzero()[:, 0]:  # Euler steps from one time to the next, with the velocity of that time and caption
+        walked, path = p.eps[i].clone(), [*times.tolist(), 0.0]
         for now, then in zip(path[:-1], path[1:], strict=True):
-            if t[i] < now - 1e-6:
-                walked += (then - now) * (now**2 + ids[i])
-        assert torch.allclose(x_t[i], walked, atol=1e-5)
-    assert 12 < own.sum() < 36 and set(t.tolist()) == set(times.tolist()) and not own[t == 1].any()
+            if p.t[i] < now - 1e-6:
+                walked += (then - now) * (now**2 + p.ids[i])
+        assert torch.allclose(p.x_t[i], walked, atol=1e-5)
+    assert 12 < p.on_policy.sum() < 36 and set(p.t.tolist()) == set(times.tolist()) and not p.on_policy[p.t == 1].any()
 
 
-def test_the_judge_sees_both_sides_through_the_same_noise(home, monkeypatch):
+def test_the_discriminator_sees_both_sides_through_the_same_noise(home, monkeypatch):
     """Of the teacher's calls in one step: real and predicted latents at one level with one noise, which cancels."""
     calls = []
 
@@ -162,7 +162,7 @@ def test_the_judge_sees_both_sides_through_the_same_noise(home, monkeypatch):
     step_distill.main([*SMALL, "--steps", "1", "--losses", "adv", "--batch", "32", "--out", "runs/noised"])
     (real, level), (fake, same_level), (again, third_level) = calls[:3]
     assert torch.equal(level, same_level) and torch.equal(level, third_level) and torch.equal(fake, again)
-    data = step_distill.open_data(step_distill.parse_arguments(SMALL), FrozenEncoders("assets/toy-sd3"))[0]
+    data = open_data(step_distill.parse_arguments(SMALL), FrozenEncoders("assets/toy-sd3"))[0]
     x0 = data.batch(0, 0, 32)[0]
     assert torch.allclose(real - fake, flow.expand(1 - level, real) * (x0 - seen[0].detach()), atol=1e-5)
     noise = (real - flow.expand(1 - level, real) * x0) / flow.expand(level, real)
@@ -170,7 +170,7 @@ def test_the_judge_sees_both_sides_through_the_same_noise(home, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# The judge
+# The discriminator
 
 
 class Blocks:
@@ -182,28 +182,28 @@ class Blocks:
         return latents, [latents, 2 * latents]
 
 
-def test_judge_answers_for_every_head_and_token_and_trains_only_heads():
-    judge = step_distill.Judge(Blocks())
+def test_it_answers_for_every_head_and_token_and_trains_only_heads():
+    discriminator = step_distill.Discriminator(Blocks())
     latents = torch.randn(3, 16, 4, 4, requires_grad=True)
-    answers = judge(latents, torch.ones(3), torch.zeros(3, dtype=torch.long))
+    answers = discriminator(latents, torch.ones(3), torch.zeros(3, dtype=torch.long))
     assert answers.shape == (3, 2 * 16)
-    assert all(name.startswith("heads.") for name, _ in judge.named_parameters())
-    assert all(name.startswith(("heads.", "ratio")) for name in judge.state_dict())  # the teacher is not saved
+    assert all(name.startswith("heads.") for name, _ in discriminator.named_parameters())
+    assert all(name.startswith("heads.") for name in discriminator.state_dict())  # the teacher is not saved
     answers.mean().backward()
     assert latents.grad.abs().sum() > 0  # this is how the student learns
 
 
 def test_gradient_penalty_is_the_squared_slope_on_real_features():
-    judge = step_distill.Judge(Blocks())
+    discriminator = step_distill.Discriminator(Blocks())
     features = [torch.randn(2, 16, 4, 4) for _ in range(2)]
-    penalty, answers = step_distill.gradient_penalty(judge, features)
+    penalty, answers = step_distill.gradient_penalty(discriminator, features)
     expected = 0.0
-    for head, f in zip(judge.heads, features, strict=True):
+    for head, f in zip(discriminator.heads, features, strict=True):
         f = f.clone().requires_grad_()
         expected += torch.autograd.grad(head(f).sum(), f)[0].square().sum() / (2 * 4 * 4)
-    assert torch.allclose(penalty, expected) and torch.allclose(answers, judge.answers(features))
+    assert torch.allclose(penalty, expected) and torch.allclose(answers, discriminator.answers(features))
     penalty.backward()
-    assert all(p.grad is not None for head in judge.heads for p in head.parameters() if p.dim() > 1)
+    assert all(p.grad is not None for head in discriminator.heads for p in head.parameters() if p.dim() > 1)
 
 
 def test_hinge_and_who_wants_what():
@@ -212,21 +212,21 @@ def test_hinge_and_who_wants_what():
     assert step_distill.hinge(answers, -answers) == 0 and step_distill.hinge(0 * answers, 0 * answers) == 2
     assert step_distill.hinge(-answers, answers) == 6
     torch.manual_seed(0)
-    judge, real, fake = step_distill.Judge(Blocks()), torch.randn(8, 16, 4, 4) + 1, torch.randn(8, 16, 4, 4) - 1
-    optimizer, of = torch.optim.AdamW(judge.parameters(), lr=1e-3), (torch.ones(8), torch.zeros(8, dtype=torch.long))
+    discriminator, real, fake = step_distill.Discriminator(Blocks()), torch.randn(8, 16, 4, 4) + 1, torch.randn(8, 16, 4, 4) - 1
+    optimizer, of = torch.optim.AdamW(discriminator.parameters(), lr=1e-3), (torch.ones(8), torch.zeros(8, dtype=torch.long))
     for _ in range(40):
-        loss = step_distill.hinge(judge(real, *of), judge(fake, *of))
+        loss = step_distill.hinge(discriminator(real, *of), discriminator(fake, *of))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert judge(real, *of).mean() > 0.5 and judge(fake, *of).mean() < -0.5
+    assert discriminator(real, *of).mean() > 0.5 and discriminator(fake, *of).mean() < -0.5
 
 
 def test_distillation_loss():
-    """Real points have S, own points the target alone, at the size that the ratio gives it."""
+    """Real points have S, on-policy points the target alone, at the size that the ratio gives it."""
     task, kd = torch.tensor([0.4, 0.8, 5.0], requires_grad=True), torch.tensor([0.1, 0.2, 0.3], requires_grad=True)
-    t, own = torch.tensor([0.9, 0.6, 0.75]), torch.tensor([False, False, True])
-    value = step_distill.distillation_loss(task, kd, t, own, torch.tensor(4.0))
+    t, on_policy = torch.tensor([0.9, 0.6, 0.75]), torch.tensor([False, False, True])
+    value = step_distill.distillation_loss(task, kd, t, on_policy, torch.tensor(4.0))
     assert torch.allclose(value[:2], step_distill.scaled(task, kd, t)[:2])
     assert torch.allclose(value[2], 4 * kd[2])
     value.sum().backward()
@@ -234,22 +234,22 @@ def test_distillation_loss():
 
 
 def test_neither_side_learns_from_the_others_loss(home):
-    """The student's weights are the same bit for bit whether a judge of weight 0 learns beside it or not; the judge's, whatever
-    weight the student gives it. With a rate of 0 a side stays as it was."""
+    """The student's weights are the same bit for bit whether a discriminator of weight 0 learns beside it or not; the
+    heads', whatever weight the student gives it. With a rate of 0 a side stays as it was."""
     start, ends = safetensors.torch.load_file(home / "assets/zoo/fm/model.safetensors"), {}
     for name, flags in {
-        "kd": ["--losses", "kd"], "kd, idle judge": ["--adv-weight", "0"], "both": ["--adv-weight", "0.05"],
+        "kd": ["--losses", "kd"], "kd, idle discriminator": ["--adv-weight", "0"], "both": ["--adv-weight", "0.05"],
         "still": ["--lr", "0", "--adv-weight", "0"], "still, pushed": ["--lr", "0", "--adv-weight", "0.05"],
     }.items():  # fmt: skip
         out = home / "runs" / f"sides-{name.replace(', ', '-')}"
         step_distill.main([*SMALL, "--steps", "2", *flags, "--out", str(out)])
-        ends[name] = {network: weights(out, network) for network in ("model.", "heads.")}
+        ends[name] = {network: weights(out, network) for network in ("model.", "discriminator.")}
 
     def same(a, b, network):
         return all(torch.equal(ends[a][network][k], ends[b][network][k]) for k in ends[a][network])
 
-    assert same("kd", "kd, idle judge", "model.") and not same("kd", "both", "model.")
-    assert same("still", "still, pushed", "heads.") and not same("kd", "both", "heads.")
+    assert same("kd", "kd, idle discriminator", "model.") and not same("kd", "both", "model.")
+    assert same("still", "still, pushed", "discriminator.") and not same("kd", "both", "discriminator.")
     assert all(torch.equal(value, start[name[6:]].float()) for name, value in ends["still"]["model."].items())
 
 
@@ -271,7 +271,7 @@ def test_teacher_stays_as_it_is(home, monkeypatch):
 def test_both_losses_reach_the_student(home):
     """Adversarial, distillation and both give three different first gradients, also at the UNet's first layer."""
     gradients = []
-    for losses in (row["losses"] for row in step_distill.ROWS.values()):
+    for losses in (row["losses"] for row in few_steps.ROWS.values()):
         out = home / "runs" / losses
         step_distill.main([*SMALL, "--steps", "1", "--losses", losses, "--adv-weight", "5", "--out", str(out)])
         gradients.append(weights(out, "optimizer.")["optimizer.0.0.exp_avg"].flatten())
@@ -281,8 +281,9 @@ def test_both_losses_reach_the_student(home):
 
 def test_every_stage_trains_in_the_half_precision_of_a_gpu(home, monkeypatch):
     """bfloat16 autocast, --accumulate and --checkpointing together, here on the CPU."""
-    for module in (train_fm, distill, step_distill):
+    for module in (train_fm, distill):
         monkeypatch.setattr(module, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    for module in (train_fm, distill, step_distill):
         out = f"runs/half-{module.__name__}"
         small = [
             "--pictures",
@@ -323,20 +324,20 @@ def test_a_run_knows_how_it_wants_to_be_sampled(finished):
     assert [row["step"] for row in rows] == ["2", "4"]
     for name in ("loss_kd", "loss_d", "grad_norm", "grad_norm_d", "std_ratio_low", "std_ratio_high", "mean_gap"):
         assert float(rows[-1][name]) > 0, name
-    assert {"d_real", "d_fake", "score_1", "score_8"} <= rows[0].keys()
+    assert {"d_real", "d_fake"} <= rows[0].keys()
     assert (finished / "gan.png").is_file() and (finished / "samples/progress.png").is_file()
 
 
 def test_resumed_is_bit_for_bit_the_same(finished, home):
     arguments = [*SMALL, "--steps", "4", "--save-every", "2", "--out", str(home / "runs" / "resumed")]
-    save = step_distill.save_state
+    save = run.save_state
 
     def save_and_stop(*args, **networks):
         save(*args, **networks)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(step_distill, "save_state", save_and_stop)
+        patch.setattr(run, "save_state", save_and_stop)
         step_distill.main(arguments)
     with pytest.raises(SystemExit, match="--losses was adv"):
         step_distill.main([*arguments, "--resume", "--losses", "adv"])
@@ -346,14 +347,15 @@ def test_resumed_is_bit_for_bit_the_same(finished, home):
     assert {name.split(".")[0] for name in theirs} == {
         "model",
         "ema",
-        "heads",
+        "discriminator",
+        "ratio",
         "optimizer",
     } and ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)  # heads and optimizers as well
 
 
 def test_turbo_folder_of_another_shape(tmp_path, home):
-    """SD3.5-Large-Turbo's layout, with normed queries and keys: it gives the targets and it looks for the judge."""
+    """SD3.5-Large-Turbo's layout, with normed queries and keys: it gives the targets and it looks for the discriminator."""
     folder = tmp_path / "turbo"
     folder.mkdir()
     for part in (ROOT / "assets" / "toy-sd3").iterdir():
@@ -365,35 +367,37 @@ def test_turbo_folder_of_another_shape(tmp_path, home):
         joint_attention_dim=192, caption_projection_dim=32, pooled_projection_dim=160, pos_embed_max_size=16,
     ).save_pretrained(folder / "transformer")  # fmt: skip
     out = home / "runs" / "turbo"
-    step_distill.main([*SMALL, "--steps", "2", "--turbo", str(folder), "--out", str(out)])
-    assert weights(out, "heads.")["heads.heads.0.0.weight"].shape[1] == 32  # the turbo's width, not the toy's 128
+    step_distill.main([*SMALL, "--steps", "2", "--turbo", str(folder), "--out", str(out), "--watch", "1"])
+    assert {f"score_{n}" for n in (1, 2, 4, 8)} <= next(csv.DictReader(open(out / "log.csv"))).keys()
+    assert weights(out, "discriminator.")["discriminator.heads.0.0.weight"].shape[1] == 32  # the turbo's width, not the toy's 128
     assert load_student(out)[1]["settings"]["turbo"] == str(folder)
 
 
 def test_figures_and_ablation(home, finished, capsys, monkeypatch):
-    monkeypatch.setattr(studies, "prompts_of", lambda split, n, seed: prompts_of(split, 1, seed))  # fewer pictures
-    step_distill.main([*SMALL, "--compare", str(finished), "--before", "assets/zoo/fm", "--out", "runs/figures"])
+    monkeypatch.setattr(few_steps, "prompts_of", lambda split, n, seed: prompts_of(split, 1, seed))  # fewer pictures
+    few_steps.main([*SMALL, "--compare", str(finished), "--before", "assets/zoo/fm", "--out", "runs/figures"])
     assert (home / "runs/figures/compare.png").is_file() and "times as fast" in capsys.readouterr().out
     arguments = [*SMALL, "--ablate", "--steps", "1", "--seeds", "1", "--per-family", "1", "--out", "runs/ablation"]
-    step_distill.main(arguments)
+    few_steps.main(arguments)
     first = capsys.readouterr().out
-    assert all(name in first for name in step_distill.ROWS) and "before: " in first
-    step_distill.main(arguments)  # everything is there: the same table, at once
+    assert all(name in first for name in few_steps.ROWS) and "before: " in first
+    few_steps.main(arguments)  # everything is there: the same table, at once
     assert capsys.readouterr().out.split("8 steps")[1] == first.split("8 steps")[1]
     results = json.loads((home / "runs/ablation/ablation.json").read_text())
-    assert set(results) == set(step_distill.ROWS)
+    assert set(results) == set(few_steps.ROWS)
 
 
 def test_bad_input_ends_in_one_sentence(tmp_path):
     for arguments, words in (
         (["--init", "nowhere"], "is not a student"),
         (["--turbo", "nowhere"], "nowhere has no transformer.* for --turbo"),
-        (["--ablate", "--data", "."], "leave --data out"),
         (["--layers", "9"], "6 blocks"),
         (["--size", "imagenet"], "is not of --size imagenet"),
         (["--for-steps", "0"], "at least 1"),
-        (["--own", "2"], "--own must be"),
+        (["--on-policy", "2"], "--on-policy must be from 0 to 1"),
         (["--lr", "1e30"], "learning rate"),
     ):
         with pytest.raises(SystemExit, match=words):
             step_distill.main([*SMALL, "--steps", "3", "--out", str(tmp_path / "out"), *arguments])
+    with pytest.raises(SystemExit, match="leave --data out"):
+        few_steps.main([*SMALL, "--ablate", "--data", "."])
