@@ -15,10 +15,12 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 import decoder
-import decoder_studies
 import sample
+from common import run
+from common.distances import psnr
 from common.encoders import FrozenAutoencoder
 from common.pictures import to_tensor
+from studies import decoder as study
 
 pytestmark = pytest.mark.usefixtures("at_home")
 ROOT = Path(__file__).parent.parent
@@ -27,7 +29,7 @@ SMALL = ["--batch", "2", "--device", "cpu"]
 
 @pytest.fixture(scope="module")
 def finished(home):
-    """Six steps, the last three with the critic."""
+    """Six steps, the last three with the discriminator."""
     before = os.getcwd()
     os.chdir(home)
     decoder.main([*SMALL, "--steps", "6", "--save-every", "4", "--out", "runs/whole"])
@@ -36,17 +38,17 @@ def finished(home):
 
 
 def test_the_sd3_preset_has_the_papers_size():
-    params, macs = decoder_studies.count_decoder(decoder.PRESETS["sd3"], 128)
+    params, macs = study.count_decoder(decoder.PRESETS["sd3"], 128)
     assert abs(params / 1.38e6 - 1) < 0.02 and abs(macs / 224e9 - 1) < 0.02
 
 
 def test_the_paper_compares_with_these_decoders():
     for name in ("SDXL", "SD3"):
         with torch.device("meta"):
-            params, macs = decoder_studies.count(
-                decoder_studies.build(name), torch.empty(1, 4 if name == "SDXL" else 16, 128, 128)
+            params, macs = study.count(
+                study.build(name), torch.empty(1, 4 if name == "SDXL" else 16, 128, 128)
             )
-        _, paper_params, paper_macs, _ = decoder_studies.TABLE_2[name]
+        _, paper_params, paper_macs, _ = study.TABLE_2[name]
         attention = 2 * (128 * 128) ** 2 * 512  # queries with keys, and weights with values: the paper leaves them out
         assert abs(params / 1e6 / paper_params - 1) < 0.01 and abs((macs - attention) / 1e9 / paper_macs - 1) < 0.01
 
@@ -64,9 +66,9 @@ def test_none_of_the_five_things_is_in_it():
         assert not full
 
 
-@pytest.mark.parametrize("name", decoder.ABLATIONS)
+@pytest.mark.parametrize("name", study.ABLATIONS)
 def test_every_variant_decodes_and_learns(name):
-    cfg = replace(decoder.PRESETS["tiny"], **decoder.ABLATIONS[name])
+    cfg = replace(decoder.PRESETS["tiny"], **study.ABLATIONS[name])
     net = decoder.TinyDecoder(cfg)
     pictures = net(torch.randn(2, 16, 4, 6))
     assert pictures.shape == (2, 3, 32, 48)
@@ -74,33 +76,11 @@ def test_every_variant_decodes_and_learns(name):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
-def test_upsampling_without_the_large_picture_is_the_same():
-    torch.manual_seed(0)
-    up, x = decoder.Upsample(6, 4).double(), torch.randn(2, 6, 5, 7, dtype=torch.double)
-    with torch.no_grad():
-        expected, merged = up.train()(x), up.eval()(x)
-    assert expected.shape == (2, 4, 10, 14) and (expected - merged).abs().max() < 1e-12
-
-
-def test_drawing_strip_by_strip_is_the_same():
-    """On pictures of several strips, whose number of rows is no multiple of a strip's."""
-    torch.manual_seed(0)
-    net = decoder.TinyDecoder(decoder.PRESETS["tiny"]).double().eval()
-    for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.5 if p.dim() == 1 else p[0].numel() ** -0.5)
-    for shape in ((2, 16, 13, 5), (1, 16, 33, 3)):
-        latents = torch.randn(shape, dtype=torch.double)
-        expected = net(latents)
-        with torch.no_grad():
-            drawn = net(latents)
-        assert expected.std() > 0.1 and (expected - drawn).abs().max() < 1e-10
-
-
 def test_each_switch_costs_what_it_should():
     side, tiny = 8, decoder.PRESETS["tiny"]
-    ours = decoder_studies.count_decoder(tiny, side)
-    for name, switch in decoder.ABLATIONS.items():
-        params, macs = decoder_studies.count_decoder(replace(tiny, **switch), side)
+    ours = study.count_decoder(tiny, side)
+    for name, switch in study.ABLATIONS.items():
+        params, macs = study.count_decoder(replace(tiny, **switch), side)
         assert params > ours[0] or name == "ours"
         assert macs > ours[1] or name in ("ours", "GroupNorm everywhere")  # norms are no multiply-accumulates
 
@@ -136,12 +116,12 @@ def test_block_against_loops():
 def test_psnr_is_the_definition():
     a = torch.zeros(2, 3, 4, 4)
     b = torch.stack([torch.full((3, 4, 4), 0.02), torch.full((3, 4, 4), 0.2)])  # 1 and 10 percent of the range
-    assert torch.allclose(decoder.psnr(a, b), torch.tensor([40.0, 20.0]), atol=1e-4)
+    assert torch.allclose(psnr(a, b), torch.tensor([40.0, 20.0]), atol=1e-4)
 
 
 def test_perceptual_distance_orders_damage():
     perceptual = decoder.Perceptual()
-    photo = decoder_studies.strangers(64)[0][0]
+    photo = study.out_of_domain(64)[0][0]
     x = to_tensor([photo])
     assert perceptual(x, x).item() == 0
     blurred = [F.avg_pool2d(F.pad(x, (r, r, r, r), "reflect"), 2 * r + 1, 1) for r in (1, 2, 4)]
@@ -169,9 +149,9 @@ def test_adaptive_weight_makes_gradients_equally_long():
 def test_crops_are_a_function_of_seed_and_step():
     args = decoder.parse_arguments(["--steps", "4", "--batch", "3"])
     pictures, _ = decoder.open_pictures(args)
-    a, b = decoder.random_crops(pictures, args, 2), decoder.random_crops(pictures, args, 2)
+    a, b, other = (decoder.random_crops(pictures, args, step).x for step in (2, 2, 3))
     assert a.shape == (3, 3, 48, 48) and torch.equal(a, b)
-    assert not torch.equal(a, decoder.random_crops(pictures, args, 3))
+    assert not torch.equal(a, other)
 
 
 def test_a_run_leaves_a_decoder_that_sample_uses(finished, tmp_path):
@@ -180,26 +160,24 @@ def test_a_run_leaves_a_decoder_that_sample_uses(finished, tmp_path):
     config = json.loads((finished / "config.json").read_text())
     assert config["stage"] == "decoder" and {"scaling_factor", "shift_factor", "decoder", "settings"} <= config.keys()
     rows = (finished / "log.csv").read_text().splitlines()
-    assert (
-        rows[0].startswith("step,pictures,mse,perceptual,gan_weight,critic_real")
-        and "nan" not in rows[2].split(",")[2:9]
-    )
+    assert {"mse", "perceptual", "gan_weight", "d_real", "d_restored", "val_psnr"} <= set(rows[0].split(","))
+    assert "nan" not in rows[2].split(",")
     sample.main(["a photo of a star", "--steps", "2", "--decoder", str(finished), "--out", str(tmp_path / "a.png")])
     assert Image.open(tmp_path / "a.png").size == (64, 64)
 
 
 def test_resumed_is_bit_for_bit_the_same(finished, home):
-    """The state of step 4, with the critic half trained, leads to the same weights."""
+    """The state of step 4, with the discriminator half trained, leads to the same weights."""
     other = home / "runs" / "resumed"
     arguments = [*SMALL, "--steps", "6", "--save-every", "4", "--out", str(other)]
-    stop = decoder.save_state
+    stop = run.save_state
 
     def save_and_stop(folder, step, *args, **networks):
         stop(folder, step, *args, **networks)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(decoder, "save_state", save_and_stop)
+        patch.setattr(run, "save_state", save_and_stop)
         decoder.main(arguments)
     with pytest.raises(SystemExit, match="--resume"):
         decoder.main(arguments)
@@ -215,19 +193,9 @@ def test_a_folder_of_pictures_needs_no_captions(tmp_path):
     decoder.main(
         [*SMALL, "--steps", "1", "--data", str(tmp_path), "--vae", "assets/toy-sd3/vae", "--out", str(tmp_path / "out")]
     )
-    decoder.main(
-        [
-            "--evaluate",
-            str(tmp_path / "out"),
-            "--data",
-            str(tmp_path),
-            "--out",
-            str(tmp_path / "score"),
-            "--device",
-            "cpu",
-        ]
-    )
-    assert {p.name for p in (tmp_path / "score").iterdir()} == {"compare.png", "strangers.png", "report.json"}
+    flags = ["--data", str(tmp_path), "--out", str(tmp_path / "score"), "--device", "cpu"]
+    study.main(["--evaluate", str(tmp_path / "out"), *flags])
+    assert {p.name for p in (tmp_path / "score").iterdir()} == {"compare.png", "out_of_domain.png", "report.json"}
 
 
 def test_the_sd3_preset_trains_on_sd3s_folder_layout(tmp_path):
@@ -251,19 +219,41 @@ def test_the_sd3_preset_trains_on_sd3s_folder_layout(tmp_path):
 
 
 def test_the_zoos_decoder_is_as_good_as_the_teachers(tmp_path, capsys):
-    decoder.main(["--evaluate", "assets/zoo/decoder", "--out", str(tmp_path), "--device", "cpu", "--json"])
+    study.main(["--evaluate", "assets/zoo/decoder", "--out", str(tmp_path), "--device", "cpu", "--json"])
     teacher, ours = json.loads(capsys.readouterr().out.splitlines()[-1]).values()
     assert ours["psnr"] > teacher["psnr"] - 0.5
     assert 5 * ours["params"] < teacher["params"] and 5 * ours["macs"] < teacher["macs"]
 
 
-def test_the_table_measures_time_and_memory(capsys):
-    decoder.main(["--table", "--latent", "16", "--json"])
+def test_time_and_memory_are_measured(tmp_path, capsys, monkeypatch):
+    alone = study.run_alone
+
+    def in_this_process(name, *size):
+        """For the class scale: a process of its own takes seconds to start, and two show what there is to show."""
+        sent = []
+        study.measure(name, *size, type("Pipe", (), {"send": sent.append}))
+        return sent[0]
+
+    monkeypatch.setattr(study, "run_alone", lambda name, *size: (alone if name in study.TABLE_2 else in_this_process)(name, *size))
+    study.main(["--latent", "16", "--out", str(tmp_path), "--json"])
     lines = capsys.readouterr().out.splitlines()
-    rows = json.loads(lines[-1])
-    assert rows["SD3"]["seconds"] > rows["SnapGen"]["seconds"] > 0
-    assert rows["SD3"]["peak_bytes"] > rows["SnapGen"]["peak_bytes"] > 0
-    assert any("times faster" in line for line in lines)
+    rows = json.loads(lines[-1])["costs"]
+    assert [(row["pixels"], row["batch"]) for row in rows] == [(64, 1), (64, 16), (128, 1)]
+    for row in rows:
+        assert row["theirs"]["seconds"] > row["ours"]["seconds"] > 0, row["names"]
+    assert rows[-1]["theirs"]["peak_bytes"] > rows[-1]["ours"]["peak_bytes"] > 0
+    assert any(line.startswith("SnapGen") for line in lines) and (tmp_path / "costs.json").is_file()
+
+
+def test_the_ablation_keeps_what_is_finished(home, monkeypatch, capsys):
+    monkeypatch.setattr(study, "ABLATIONS", dict(list(study.ABLATIONS.items())[:2]))
+    flags = [*SMALL, "--ablate", "--steps", "1", "--out", str(home / "runs/decoder-ablation"), "--json"]
+    tables = []
+    for _ in range(2):
+        study.main(flags)
+        tables.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert list(tables[0]) == ["ours", "with attention"]
+    assert all(tables[0][name]["psnr"] == tables[1][name]["psnr"] for name in tables[0])
 
 
 def test_bad_input_ends_in_one_sentence(finished, tmp_path, home):
@@ -277,15 +267,16 @@ def test_bad_input_ends_in_one_sentence(finished, tmp_path, home):
         (["--patch", "20"], "multiple of 8"),
         (["--steps", "0"], "at least 1"),
         (["--size", "sd3"], "give --data"),
-        (["--evaluate", str(tmp_path / "empty")], "is not a decoder"),
-        (["--evaluate", str(tmp_path / "broken")], "cannot be read as a decoder"),
         (["--init", "assets/zoo/fm"], "cannot be read as a decoder"),
         (["--lr", "1e9", "--steps", "60"], "learning rate"),
     ):
         with pytest.raises(SystemExit, match=words):
             decoder.main([*SMALL, "--out", str(tmp_path / "out"), *arguments])
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    for folder, words in (("empty", "is not a decoder"), ("broken", "cannot be read as a decoder")):
+        with pytest.raises(SystemExit, match=words):
+            study.main(["--evaluate", str(tmp_path / folder), "--device", "cpu"])
 
 
 def test_learning_rate_is_linear_at_the_end():
-    assert math.isclose(decoder.learning_rate(900, 1000, 1.0), 0.25)
+    assert math.isclose(run.learning_rate(900, 1000), 0.25)
