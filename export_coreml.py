@@ -6,26 +6,20 @@
     pipeline.json             steps, times, guidance, sizes, tokenizers: all else that an app needs
     verification.json         how far each package is from PyTorch
 
-    python export_coreml.py                                               # assets/zoo/step_distill, zoo/decoder -> build/
-    python export_coreml.py --nbits 6 --out build6 --score 10             # 6-bit palettes; mini-GenEval through the packages
+    python export_coreml.py                                         # runs/step_distill, runs/decoder (or the zoo's) -> build/
+    python export_coreml.py --nbits 6 --out build6 --score 10       # 6-bit palettes; mini-GenEval through the packages
     python export_coreml.py --model assets/zoo/distill --batch 2    # guidance: caption and empty caption in one batch
     python export_coreml.py --random t2i --parts unet decoder --latent 128     # the paper's sizes, random weights
 
-How one part is made: torch.export captures the module of coreml/layers.py at fixed sizes -> coremltools converts it to a float16
-program -> it is saved, read back from disk and interpreted (coreml/mil_interpreter.py) beside PyTorch. Two questions, two bars:
-is it the right program (converted in float32: at most 1e-4 off) and does it survive float16 (at least 50 dB)? On a Mac the same
-inputs also go through Core ML itself.
+How one part is made: it is wrapped in the form that a phone can take (coreml/layers.py), torch.export captures it at fixed sizes,
+coremltools converts it to a float16 program, it is saved, read back from disk and interpreted beside PyTorch (coreml/verify.py,
+mil_interpreter.py). Two questions, two bars: is it the right program (converted in float32: at most 1e-4 off) and does it survive
+float16 (at least 50 dB)? On a Mac the same inputs also go through Core ML itself.
 """
 
-import argparse
-import contextlib
-import errno
 import functools
 import json
-import math
-import os
 import shutil
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -33,24 +27,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import flow
-from common.checkpoint import HelpFormatter, check_encoders, describe_machine, load_student, save_atomically, save_json
+from common.arguments import Parser, integer
+from common.checkpoint import check_encoders, latest, load_student, save_atomically, save_json
+from common.device import describe_machine
 from common.encoders import GEMMA_TOKENS, FrozenAutoencoder, FrozenEncoders, hash_folders
 from common.figures import captioned_grid
-from common.pictures import to_pictures
 from common.seeds import rng
 from coreml import mil_interpreter as mil
+from coreml.compress import compress
 from coreml.layers import PhoneDecoder, PhoneText, PhoneUNet
 from coreml.mil_interpreter import ct  # coremltools, with its warnings about this machine silenced
+from coreml.package import clear_errors, function_name, join, save_package, size_of
+from coreml.pipeline import PARTS, Packages
+from coreml.verify import FLOAT16_BAR, check, on_this_mac
 from decoder import PRESETS as DECODERS
 from decoder import TinyDecoder, load_decoder
 from evaluate import prompts_of, score
 from model import PRESETS, UNet
 
-PARTS = ("text_encoder", "unet", "decoder")
-FLOAT32_BAR, FLOAT16_BAR = 1e-4, 50.0  # largest error of the program in float32; decibels of the one in float16
 EXAMPLE = "a photo of a red circle left of a blue star"
 
 
@@ -73,9 +69,14 @@ class Part:
             out = self.reference(*self.inputs.values())
         return dict(zip(self.outputs, out if isinstance(out, tuple) else (out,), strict=True))
 
+    def captured(self):
+        """The module as an exported program: plain operations on tensors of fixed shapes."""
+        with torch.no_grad():
+            return torch.export.export(self.module, tuple(self.inputs.values())).run_decompositions({})
+
 
 # ------------------------------------------------------------------------------------------------------------------
-# The parts
+# Wrap: the three parts, in the form that a phone can take
 
 
 def tokens_of(encoders, captions):
@@ -131,11 +132,11 @@ def decoder_part(decoder, latent):
 
 
 def make_parts(args):
-    """({part: {latent size: Part}}, what pipeline.json says): the text encoder has no latent and is under 0."""
+    """({part: {latent size: Part}}, what pipeline.json says, encoders): the text encoder has no latent and is under 0."""
     torch.manual_seed(0)
-    encoders = None
+    encoders = tokenizers = None
     if args.random:
-        sizes, guidance = args.latent or [128 if args.random != "tiny" else 8], 1.0
+        sampling, sizes = {"guidance": 1.0}, args.latent or [128 if args.random != "tiny" else 8]
         unet = UNet(PRESETS[args.random]).eval()
         decoder = TinyDecoder(DECODERS["tiny" if args.random == "tiny" else "sd3"]).eval()
         text, mask = torch.randn(1, 77, unet.cfg.text_dim, generator=rng(0)), torch.ones(1, 77)
@@ -143,52 +144,18 @@ def make_parts(args):
         if "text_encoder" in args.parts:
             raise SystemExit("--random has no text encoder: give --parts unet decoder.")
     else:
-        unet, config = load_student(args.model)
-        folder = Path(args.teacher or config["encoders"])
-        if config.get("gemma") and "text_encoder" in args.parts:
-            raise SystemExit(f"{args.model} reads its captions with Gemma too, and only CLIP text models are exported: run a "
-                             "language model elsewhere, and give --parts unet decoder.")  # fmt: skip
-        speaks_clip = is_clip(folder, "text_encoder" in args.parts)
-        encoders = FrozenEncoders(folder) if speaks_clip else FrozenAutoencoder(folder)
-        check_encoders(config, encoders)
-        decoder, decoder_config = load_decoder(args.decoder)
-        check_encoders(decoder_config, encoders)
-        sizes, habits = args.latent or [config["latent_size"][0]], config["sampling"]
-        guidance = habits["guidance"]
-        if speaks_clip and "text_encoder" in args.parts and unet.cfg.text_dim < encoders.text_dim:
-            raise SystemExit(
-                f"{args.model} reads the first CLIP alone, and the text package has both: give --parts unet decoder."
-            )
-        if speaks_clip:
-            text, mask = encoders.student_text([EXAMPLE], unet.cfg.text_dim)
-        else:  # states of the right size will do to check a program with
-            text, mask = torch.randn(1, 77, unet.cfg.text_dim, generator=rng(0)), torch.ones(1, 77)
-        if config.get("gemma"):  # its tokens stand behind CLIP's
-            text, mask = (torch.cat([x, x[:, -1:].expand(-1, GEMMA_TOKENS, *x.shape[2:])], 1) for x in (text, mask))
-        times = habits.get("times") or flow.sampling_timesteps(habits["steps"], habits["shift"]).tolist()
+        (unet, config), (decoder, decoder_config) = load_student(args.model), load_decoder(args.decoder)
+        encoders, tokenizers, text, mask = open_encoders(args, unet.cfg, config)
+        check_encoders(config, encoders), check_encoders(decoder_config, encoders)
+        sampling, sizes = config["sampling"], args.latent or [config["latent_size"][0]]
+        times = sampling.get("times") or flow.sampling_timesteps(sampling["steps"], sampling["shift"]).tolist()
         pipeline = {
-            "model": str(args.model), "steps": habits["steps"], "times": times, "shift": habits["shift"], "guidance": guidance,
+            "model": str(args.model), "steps": sampling["steps"], "times": times, "shift": sampling["shift"],
             "scaling_factor": encoders.scaling_factor, "shift_factor": encoders.shift_factor,
             "latents": "already scaled and shifted: the decoder takes what the UNet leaves",
-            "tokenizers": ["tokenizer", "tokenizer_2"] if speaks_clip else [], "tokens": mask.shape[1],
+            "tokenizers": tokenizers, "tokens": mask.shape[1],
         }  # fmt: skip
-    batch = args.batch or (1 if guidance == 1 else 2)
-    if guidance != 1 and batch == 1:
-        raise SystemExit(
-            f"{args.model} draws with guidance {guidance}, which takes the caption and the empty caption in one batch: "
-            "give --batch 2, or a student of stage 3 such as assets/zoo/step_distill."
-        )
-    if guidance == 1 and batch == 2:
-        raise SystemExit(
-            f"{args.model or args.random} draws without guidance, one forward a step: leave --batch 2 out."
-        )
-    if len(sizes) > 1 and args.target == "iOS17":
-        raise SystemExit(
-            "one package for several latent sizes needs iOS 18: leave --target iOS17 out, or export one size."
-        )
-    step = 2 ** (len(unet.cfg.channels) - 1)
-    if any(size < step or size % step for size in sizes):
-        raise SystemExit(f"--latent must be multiples of {step}, not {sizes}.")
+    batch = check_sizes(args, unet.cfg, sampling["guidance"], sizes)
     parts = {}
     if "text_encoder" in args.parts:
         parts["text_encoder"] = {0: text_part(encoders, unet.cfg.text_dim)}
@@ -196,37 +163,58 @@ def make_parts(args):
         parts["unet"] = {size: unet_part(unet, size, text, mask, batch, args.layout) for size in sizes}
     if "decoder" in args.parts:
         parts["decoder"] = {size: decoder_part(decoder, size) for size in sizes}
-    functions = {"functions": {size: function_name(size, sizes) for size in sizes}}
-    pipeline |= functions | {
-        "batch": batch,
-        "nbits": args.nbits,
-        "latent_channels": unet.cfg.latent_channels,
-        "latent_sizes": sizes,
-    }
+    pipeline |= {"guidance": sampling["guidance"], "batch": batch, "nbits": args.nbits,
+                 "functions": {size: function_name(size, sizes) for size in sizes},
+                 "latent_channels": unet.cfg.latent_channels, "latent_sizes": sizes}  # fmt: skip
     return parts, pipeline, encoders
 
 
-def function_name(size, sizes):
-    """Of a package's function for a latent of this side: a package for one size has only one."""
-    return "main" if len(sizes) == 1 or not size else f"latent{size}"
+def open_encoders(args, cfg, config):
+    """(encoders, names of their tokenizers, example text (1, T, D), mask (1, T)) of a student.
 
-
-def is_clip(folder, wanted):
-    """True if both text encoders of the folder are CLIPs; False, or an error if the text encoder is `wanted`, if not."""
+    Raises SystemExit when its captions are read by something that is not exported: only CLIP text models are.
+    """
+    folder, wanted = Path(args.teacher or config["encoders"]), "text_encoder" in args.parts
+    if config.get("gemma") and wanted:
+        raise SystemExit(f"{args.model} reads its captions with Gemma too, and only CLIP text models are exported: run a "
+                         "language model elsewhere, and give --parts unet decoder.")  # fmt: skip
     for name in ("text_encoder", "text_encoder_2"):
         path = folder / name / "config.json"
         if path.is_file() and (kind := json.loads(path.read_text()).get("model_type")) != "clip_text_model":
             if wanted:  # billions of weights do not belong on a phone, and the layers are not CLIP's
-                raise SystemExit(
-                    f"{folder / name} is a {kind}, and only CLIP text models are exported: run a language model elsewhere, and "
-                    "give its states to the UNet (--parts unet decoder)."
-                )
-            return False
-    return True
+                raise SystemExit(f"{folder / name} is a {kind}, and only CLIP text models are exported: run a language model "
+                                 "elsewhere, and give its states to the UNet (--parts unet decoder).")  # fmt: skip
+            encoders, tokenizers = FrozenAutoencoder(folder), []
+            text, mask = torch.randn(1, 77, cfg.text_dim, generator=rng(0)), torch.ones(1, 77)  # will do to check a program
+            break
+    else:
+        encoders, tokenizers = FrozenEncoders(folder), ["tokenizer", "tokenizer_2"]
+        if wanted and cfg.text_dim < encoders.text_dim:
+            raise SystemExit(f"{args.model} reads the first CLIP alone, and the text package has both: give --parts unet decoder.")
+        text, mask = encoders.student_text([EXAMPLE], cfg.text_dim)
+    if config.get("gemma"):  # its tokens stand behind CLIP's
+        text, mask = (torch.cat([x, x[:, -1:].expand(-1, GEMMA_TOKENS, *x.shape[2:])], 1) for x in (text, mask))
+    return encoders, tokenizers, text, mask
+
+
+def check_sizes(args, cfg, guidance, sizes):
+    """The batch of the UNet's package, 1 or 2. Raises SystemExit for a batch or latent sizes that cannot be."""
+    batch = args.batch or (1 if guidance == 1 else 2)
+    if guidance != 1 and batch == 1:
+        raise SystemExit(f"{args.model} draws with guidance {guidance}, which takes the caption and the empty caption in one "
+                         "batch: give --batch 2, or a student of stage 3 such as assets/zoo/step_distill.")  # fmt: skip
+    if guidance == 1 and batch == 2:
+        raise SystemExit(f"{args.random or args.model} draws without guidance, one forward a step: leave --batch 2 out.")
+    if len(sizes) > 1 and args.target == "iOS17":
+        raise SystemExit("one package for several latent sizes needs iOS 18: leave --target iOS17 out, or export one size.")
+    step = 2 ** (len(cfg.channels) - 1)
+    if any(size % step for size in sizes):
+        raise SystemExit(f"--latent must be multiples of {step}, not {sizes}.")
+    return batch
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Conversion
+# Convert, read back, verify, keep
 
 
 def feeds_sine(op):
@@ -235,12 +223,6 @@ def feeds_sine(op):
         return True
     passes_on = op.op_type in ("const", "expand_dims", "mul", "reshape", "cast")
     return passes_on and any(feeds_sine(child) for var in op.outputs for child in var.child_ops)
-
-
-def capture(part):
-    """The module as an exported program: plain operations on tensors of fixed shapes."""
-    with torch.no_grad():
-        return torch.export.export(part.module, tuple(part.inputs.values())).run_decompositions({})
 
 
 def convert(part, precision, args, about):
@@ -253,7 +235,7 @@ def convert(part, precision, args, about):
         return np.float16 if half and name not in part.float32 else np.float32
 
     package = ct.convert(
-        capture(part),
+        part.captured(),
         minimum_deployment_target=getattr(ct.target, args.target),
         compute_precision=ct.transform.FP16ComputePrecision(lambda op: not feeds_sine(op)) if half else ct.precision.FLOAT32,
         inputs=[ct.TensorType(name, tuple(x.shape), dtype=kind(name, x)) for name, x in part.inputs.items()],
@@ -270,168 +252,6 @@ def convert(part, precision, args, about):
     return package
 
 
-def compress(package, nbits):
-    """Weights in fewer bits: 8 as integers with a scale for each channel, 6 and 4 as palettes found by k-means."""
-    optimize = ct.optimize.coreml
-    if nbits == 8:
-        how, compress_weights = (
-            optimize.OpLinearQuantizerConfig(mode="linear_symmetric"),
-            optimize.linear_quantize_weights,
-        )
-    else:
-        how = optimize.OpPalettizerConfig(mode="kmeans", nbits=nbits, num_kmeans_workers=1)
-        compress_weights = optimize.palettize_weights
-    how.weight_threshold = 512
-    # Matrices and kernels by their own names: not the tables of RoPE, and not gains and offsets. By the kind of operation it
-    # fails where one vector of zeros is the offset of a linear layer and of a norm.
-    kinds, found = {"conv", "linear", "matmul", "gather"}, optimize.get_weights_metadata(package, weight_threshold=512)
-    names = [name for name, weight in found.items()
-             if weight.val.ndim > 1 and {op.op_type for op in weight.child_ops} <= kinds]  # fmt: skip
-    return compress_weights(package, optimize.OptimizationConfig(op_name_configs=dict.fromkeys(names, how)))
-
-
-def save_package(package, path):
-    """Write a package beside its place and rename it, so that a kill or a full disk leaves the last good one."""
-    beside, old = (path.with_name(f".{os.getpid()}{what}.{path.name}") for what in ("", ".old"))
-    with clear_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            (package.save if hasattr(package, "save") else package)(str(beside))
-            if path.exists():
-                os.replace(path, old)
-            try:
-                os.replace(beside, path)
-            except OSError:
-                if old.exists():
-                    os.replace(old, path)
-                raise
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def clear_errors(path):
-    """A full disk or a place that cannot be written to, in one sentence. shutil and coremltools hide the number in the text."""
-    try:
-        yield
-    except Exception as error:
-        if (
-            getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            or "No space left" in str(error)
-            or "Errno 28" in str(error)
-        ):
-            raise SystemExit(
-                f"the disk is full: could not write {path}. What was exported before is intact."
-            ) from error
-        if isinstance(error, OSError):
-            raise SystemExit(f"cannot write {path}: {error}.") from error
-        raise
-
-
-def size_of(path):
-    return sum(p.stat().st_size for p in Path(path).rglob("*") if p.is_file())
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Verification
-
-
-def decibels(expected, found):
-    """Signal to error, 10 log10(mean expected^2 / mean error^2): infinity without error, minus infinity for NaN or overflow."""
-    error = (expected - found).double().square().mean()
-    if error == 0:
-        return math.inf
-    return (10 * torch.log10(expected.double().square().mean() / error)).item() if torch.isfinite(error) else -math.inf
-
-
-def compare(part, program, precision, function="main"):
-    """(largest error in units of the part, smallest decibels) over all outputs of the interpreted program. NaN stays NaN."""
-    found, expected = mil.run(program, part.inputs, precision, function), part.expected()
-    errors = torch.stack([(expected[name] - found[name]).abs().max() / part.unit for name in part.outputs])
-    return errors.max().item(), min(decibels(expected[name], found[name]) for name in part.outputs)
-
-
-def bisect(part, program, precision, bar, function="main"):
-    """The first operation whose value is worse than `bar` decibels, and the one before it, as text.
-
-    In float16, each value beside that of the same program in float32. In float32, beside PyTorch: coremltools names an operation
-    after the node of the exported program that it came from; where both have the name, their values are compared.
-    """
-    steps, seen = mil.step_by_step(program, part.inputs, precision, function), []
-    if precision == "exact":
-        values = part.expected()
-
-        class Recorder(torch.fx.Interpreter):
-            def run_node(self, node):
-                values[node.name] = result = super().run_node(node)
-                return result
-
-        with torch.no_grad():
-            Recorder(capture(part).module()).run(*part.inputs.values())
-        pairs = ((op, values.get(name), found) for op, name, found in steps)
-    else:
-        exact = mil.step_by_step(program, part.inputs, "exact", function)
-        pairs = ((op, reference, found) for (op, _, found), (_, _, reference) in zip(steps, exact, strict=True))
-    for op, reference, found in pairs:
-        if isinstance(reference, torch.Tensor) and reference.shape == found.shape and reference.is_floating_point():
-            seen.append((decibels(reference, found), mil.describe(op)))
-            if seen[-1][0] < bar:
-                before = f"the last good one, {seen[-2][0]:.1f} dB: {seen[-2][1]}\n    " if len(seen) > 1 else ""
-                return f"{before}the first bad one, {seen[-1][0]:.1f} dB: {seen[-1][1]}"
-    return f"all {len(seen)} operations that can be compared are above {bar:.0f} dB"
-
-
-def check(part, program, precision, args, function="main", bar=None):
-    """compare(), and an error that names the first bad operation when a bar is missed."""
-    error, value = compare(part, program, precision, function)
-    failed = not error <= FLOAT32_BAR if precision == "exact" else not value >= (-300.0 if bar is None else bar)
-    if failed:
-        said = (
-            f"{error:.1e} off PyTorch (at most {FLOAT32_BAR})"
-            if precision == "exact"
-            else f"{value:.1f} dB (at least {bar or 'a number'})"
-        )
-        hint = (
-            f"\n    {bisect(part, program, precision, bar or 80.0, function)}"
-            if args.bisect
-            else " --bisect shows where."
-        )
-        raise SystemExit(f"{part.summary}: the package is {said}, and not kept.{hint}")
-    return error, value
-
-
-def on_this_mac(part, path, function, bar):
-    """On macOS {compute unit: decibels of Core ML's own prediction}, and an error if its CPU misses the bar; None elsewhere."""
-    if sys.platform != "darwin":
-        return None  # no Core ML there
-    found = {}
-    for unit in ("CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE"):
-        model = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit[unit], function_name=function)
-        out = model.predict({name: x.numpy() for name, x in part.inputs.items()})
-        values = {name: torch.from_numpy(np.asarray(out[name])).float() for name in part.outputs}
-        found[unit] = min(decibels(value, values[name]) for name, value in part.expected().items())
-    if bar is not None and not found["CPU_ONLY"] >= bar:
-        raise SystemExit(
-            f"{part.summary}: {found['CPU_ONLY']:.1f} dB on this Mac's CPU (at least {bar}), and not kept."
-        )
-    return found
-
-
-def join(halves, sizes, path):
-    """One package with a function for each latent size, which share their weights, and the description that each had."""
-    descriptor = ct.utils.MultiFunctionDescriptor()
-    for size, half in halves.items():
-        descriptor.add_function(str(half), src_function_name="main", target_function_name=function_name(size, sizes))
-    descriptor.default_function_name = function_name(sizes[0], sizes)
-    raw = path.with_name(f"raw-{path.name}")
-    ct.utils.save_multifunction(descriptor, str(raw))
-    joined, first = (ct.models.MLModel(str(p), skip_model_load=True) for p in (raw, halves[sizes[0]]))
-    spec = joined.get_spec()  # coremltools leaves licence, version and author behind
-    spec.description.metadata.CopyFrom(first.get_spec().description.metadata)
-    ct.models.utils.save_spec(spec, str(path), weights_dir=joined.weights_dir)
-
-
 def export(name, parts, args, about):
     """Convert, save and verify one part at all its latent sizes: {latent size: report}, and out/NAME.mlpackage."""
     path, reports, start, sizes = args.out / f"{name}.mlpackage", {}, time.time(), list(parts)
@@ -441,7 +261,7 @@ def export(name, parts, args, about):
         for size, part in parts.items():
             exact = Path(scratch) / f"exact{size}.mlpackage"
             convert(part, "float32", args, about).save(str(exact))
-            error, _ = check(part, mil.read_package(exact), "exact", args)
+            error, _ = check(part, mil.read_package(exact), "exact", show=args.bisect)
             shutil.rmtree(exact)
             package = convert(part, "float16", args, about)
             halves[size] = Path(scratch) / f"{name}{size}.mlpackage"
@@ -454,7 +274,7 @@ def export(name, parts, args, about):
         program = mil.read_package(candidate)
         for size, part in parts.items():
             function = function_name(size, sizes)
-            _, value = check(part, program, "declared", args, function, bar)
+            _, value = check(part, program, "declared", function, bar, args.bisect)
             mac = on_this_mac(part, candidate, function if len(sizes) > 1 else None, bar)
             operations = len(mil.operations(program, function))
             reports[size] |= {"function": function, "decibels": value, "mac": mac, "operations": operations}
@@ -462,59 +282,6 @@ def export(name, parts, args, about):
     for report in reports.values():
         report |= {"bytes": size_of(path), "seconds": round(time.time() - start, 1)}
     return reports
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# The whole chain, as an app would run it: pipeline.json and the packages, nothing else
-
-
-class Packages:
-    """The exported folder as something that draws: text -> tokens -> states -> Euler steps -> picture, all interpreted."""
-
-    def __init__(self, folder):
-        from transformers import CLIPTokenizer
-
-        folder = Path(folder)
-        self.plan = json.loads((folder / "pipeline.json").read_text())
-        self.programs = {name: mil.read_package(folder / f"{name}.mlpackage") for name in PARTS}
-        self.tokenizers = [CLIPTokenizer.from_pretrained(folder / name) for name in self.plan["tokenizers"]]
-        self.size = self.plan["latent_sizes"][0]
-        self.function = function_name(self.size, self.plan["latent_sizes"])
-
-    def encode(self, caption):
-        """(text, mask) of one caption."""
-        length = self.plan["tokens"]
-        tokens = [
-            tokenizer(
-                [caption], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-            ).input_ids.int()
-            for tokenizer in self.tokenizers
-        ]
-        out = mil.run(self.programs["text_encoder"], dict(zip(("tokens", "tokens_2"), tokens, strict=True)))
-        return out["text"], out["mask"]
-
-    def draw(self, prompts, seeds):
-        """One picture (PIL) per prompt, from the noise that sample.py would take for the same seed."""
-        pictures, times, guidance = [], self.plan["times"], self.plan["guidance"]
-        empty = self.encode("")
-        for prompt, seed in zip(tqdm(prompts, desc="interpreting", disable=len(prompts) < 8), seeds, strict=True):
-            text, mask = self.encode(prompt)
-            if guidance != 1:
-                text, mask = torch.cat([text, empty[0]]), torch.cat([mask, empty[1]])
-            x = torch.randn(1, self.plan["latent_channels"], self.size, self.size, generator=rng(seed))
-            for t, s in zip(times[:-1], times[1:], strict=True):
-                inputs = {
-                    "latent": x.expand(len(text), -1, -1, -1),
-                    "t": torch.full((len(text),), t),
-                    "text": text,
-                    "mask": mask,
-                }
-                v = mil.run(self.programs["unet"], inputs, function=self.function)["velocity"]
-                v = v if guidance == 1 else flow.guide(*v.chunk(2), guidance)
-                x = x + (s - t) * v
-            picture = mil.run(self.programs["decoder"], {"latent": x}, function=self.function)["picture"]
-            pictures += to_pictures(picture / 127.5 - 1)
-        return pictures
 
 
 def draw_and_score(args):
@@ -530,36 +297,53 @@ def draw_and_score(args):
     return score(packages.draw(prompts, range(len(prompts))), prompts)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+def settings_of(name, args, encoders):
+    """What an exported part depends on: its weights, by their hash, and the flags."""
+    texts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    folder = {"unet": args.model, "decoder": args.decoder}.get(name)
+    weights = args.random or (hash_folders([folder]) if folder else encoders.fingerprint(*texts))
+    return {"weights": weights, **{flag: getattr(args, flag) for flag in ("latent", "batch", "nbits", "layout", "target")}}
+
+
+def check_company(name, recorded, settings, args):
+    """pipeline.json speaks for all parts in the folder: they must have been exported for the same sizes and student."""
+    for other, part in recorded.items():
+        if other != name and any(part["settings"][flag] != settings[flag] for flag in ("latent", "batch")):
+            raise SystemExit(f"{args.out} holds a {other} for another --latent or --batch: give the same, or another --out.")
+    theirs = recorded.get("unet", {}).get("settings", {}).get("weights")
+    if name != "unet" and not args.random and theirs not in (None, hash_folders([args.model])):
+        raise SystemExit(f"{args.out} holds the UNet of another student than {args.model}: give its --model, or another --out.")
+
+
+def print_table(report, args, about):
+    weights = "random weights" if args.random else f"weights of {args.model}, {args.decoder}"
+    print(f"\nInterpreted op by op in torch, beside PyTorch ({about['device']}, coremltools {about['coremltools']}, {weights}, "
+          f"{args.nbits} bits):")  # fmt: skip
+    print("part           latent  float32 error  float16 dB    ops       MB  seconds   on this Mac, dB")
+    for name, part in report["parts"].items():
+        for size, r in part["sizes"].items():
+            mac = ", ".join(f"{unit} {value:.1f}" for unit, value in r["mac"].items()) if r["mac"] else "no Core ML here"
+            print(f"{name:14}{size if int(size) else '-':>7}{r['float32_error']:15.1e}{r['decibels']:12.1f}"
+                  f"{r['operations']:7}{r['bytes'] / 1e6:9.2f}{r['seconds']:9.1f}   {mac}")  # fmt: skip
 
 
 def parse_arguments(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
+    p = Parser(__doc__, "python export_coreml.py --model runs/step_distill --decoder runs/decoder --out build")
     # what to export
-    p.add_argument("--model", metavar="DIR", default="assets/zoo/step_distill", help="the student")
-    p.add_argument("--decoder", metavar="DIR", default="assets/zoo/decoder", help="the tiny decoder")
-    p.add_argument(
-        "--teacher", metavar="DIR", help="SD3 folder with the text encoders, if not the one in the student's config"
-    )
+    p.add_argument("--model", metavar="DIR", help="the student; default: runs/step_distill, or the zoo's if there is none")
+    p.add_argument("--decoder", metavar="DIR", help="the tiny decoder; default: runs/decoder, or the zoo's if there is none")
+    p.add_argument("--teacher", metavar="DIR", help="SD3 folder with the text encoders, if not the one in the student's config")
     p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which of the three")
     p.add_argument("--random", choices=PRESETS, help="a UNet of this size and its decoder with random weights instead")
     # how
-    p.add_argument(
-        "--latent", type=int, nargs="+", metavar="SIDE", help="sides of the latent; several: a function for each"
-    )
-    p.add_argument("--batch", type=int, choices=(1, 2), help="2 for guidance; default: what the student needs")
-    p.add_argument(
-        "--nbits", type=int, choices=(16, 8, 6, 4), default=16, help="bits a weight: 8 linear, 6 and 4 palettes"
-    )
-    p.add_argument(
-        "--layout", choices=("standard", "ane"), default="standard", help="ane: (B, C, 1, S) and 1x1 convolutions"
-    )
+    p.add_argument("--latent", type=integer(1), nargs="+", metavar="SIDE", help="sides of the latent; several: a function for each")
+    p.add_argument("--batch", type=integer(1, 2), help="2 for guidance; default: what the student needs")
+    p.add_argument("--nbits", type=integer(), choices=(16, 8, 6, 4), default=16, help="bits a weight: 8 linear, 6 and 4 palettes")
+    p.add_argument("--layout", choices=("standard", "ane"), default="standard", help="ane: (B, C, 1, S) and 1x1 convolutions")
     p.add_argument("--target", choices=("iOS18", "iOS17"), default="iOS18", help="the oldest system that has to run it")
     # checks
     p.add_argument("--bisect", action="store_true", help="when a package misses its bar, name the first bad operation")
-    p.add_argument(
-        "--score", type=int, default=0, metavar="N", help="mini-GenEval of N prompts a family through the packages"
-    )
+    p.add_argument("--score", type=integer(0), default=0, metavar="N", help="mini-GenEval of N prompts a family, by the packages")
     # writing
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("build"), help="where the packages go")
     p.add_argument("--force", action="store_true", help="export again what is there already")
@@ -567,35 +351,10 @@ def parse_arguments(argv=None):
     return p.parse_args(argv)
 
 
-def settings_of(name, args, encoders):
-    """What an exported part depends on: its weights, by their hash, and the flags."""
-    weights = args.random
-    if not args.random:
-        texts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-        folders = {"unet": args.model, "decoder": args.decoder}
-        weights = encoders.fingerprint(*texts) if name == "text_encoder" else hash_folders([folders[name]])
-    return {
-        "weights": weights,
-        **{flag: getattr(args, flag) for flag in ("latent", "batch", "nbits", "layout", "target")},
-    }
-
-
-def check_company(name, recorded, settings, args):
-    """pipeline.json speaks for all parts in the folder: they must have been exported for the same sizes and student."""
-    for other, part in recorded.items():
-        if other != name and any(part["settings"][flag] != settings[flag] for flag in ("latent", "batch")):
-            raise SystemExit(
-                f"{args.out} holds a {other} for another --latent or --batch: give the same, or another --out."
-            )
-    theirs = recorded.get("unet", {}).get("settings", {}).get("weights")
-    if name != "unet" and not args.random and theirs not in (None, hash_folders([args.model])):
-        raise SystemExit(
-            f"{args.out} holds the UNet of another student than {args.model}: give its --model, or another --out."
-        )
-
-
 def main(argv=None):
     args = parse_arguments(argv)
+    if not args.random:
+        args.model, args.decoder = args.model or latest("step_distill"), args.decoder or latest("decoder")
     torch.set_flush_denormal(False)  # float16's smallest numbers are such
     parts, pipeline, encoders = make_parts(args)
     about = describe_machine(torch.device("cpu")) | {"coremltools": ct.__version__}
@@ -605,14 +364,10 @@ def main(argv=None):
         args.out.mkdir(parents=True, exist_ok=True)
     for name, sizes in parts.items():
         settings = settings_of(name, args, encoders)
-        check_company(
-            name, {k: v for k, v in report["parts"].items() if not (args.force and k in parts)}, settings, args
-        )
+        check_company(name, {k: v for k, v in report["parts"].items() if not (args.force and k in parts)}, settings, args)
         if (args.out / f"{name}.mlpackage").is_dir() and name in report["parts"] and not args.force:
             if report["parts"][name]["settings"] != settings:
-                raise SystemExit(
-                    f"{args.out}/{name}.mlpackage has other settings or weights: --force, or another --out."
-                )
+                raise SystemExit(f"{args.out}/{name}.mlpackage has other settings or weights: --force, or another --out.")
             print(f"{name}: kept, exported before with these settings")
             continue
         print(f"{name}: converting and verifying")
@@ -627,22 +382,8 @@ def main(argv=None):
             tokenizer.save_pretrained(args.out / name)
     save_json(pipeline, args.out / "pipeline.json")
 
-    weights = "random weights" if args.random else f"weights of {args.model}, {args.decoder}"
-    print(f"\nInterpreted op by op in torch, beside PyTorch ({about['device']}, coremltools {about['coremltools']}, {weights}, "
-          f"{args.nbits} bits):")  # fmt: skip
-    print(
-        f"{'part':14}{'latent':>7}{'float32 error':>15}{'float16 dB':>12}{'ops':>7}{'MB':>9}{'seconds':>9}   on this Mac, dB"
-    )
-    for name, part in report["parts"].items():
-        for size, r in part["sizes"].items():
-            mac = (
-                ", ".join(f"{unit} {value:.1f}" for unit, value in r["mac"].items()) if r["mac"] else "no Core ML here"
-            )
-            print(f"{name:14}{size if int(size) else '-':>7}{r['float32_error']:15.1e}{r['decibels']:12.1f}"
-                  f"{r['operations']:7}{r['bytes'] / 1e6:9.2f}{r['seconds']:9.1f}   {mac}")  # fmt: skip
-    whole = (
-        not args.random and pipeline["tokenizers"] and all((args.out / f"{name}.mlpackage").is_dir() for name in PARTS)
-    )
+    print_table(report, args, about)
+    whole = pipeline.get("tokenizers") and all((args.out / f"{name}.mlpackage").is_dir() for name in PARTS)
     if whole and (exported or args.score):
         result = draw_and_score(args)
         print(f"wrote {args.out}/pictures.png, drawn by the interpreted packages")
@@ -652,9 +393,8 @@ def main(argv=None):
             print(f"mini-GenEval through the packages: {result['overall']:.3f} ({low:.3f} to {high:.3f}), "
                   f"{result['pictures']} prompts")  # fmt: skip
     save_json(report | {"machine": about}, record)
-    print(
-        f"wrote {args.out}/: {', '.join(f'{name}.mlpackage' for name in report['parts'])}, pipeline.json, verification.json"
-    )
+    packages = ", ".join(f"{name}.mlpackage" for name in report["parts"])
+    print(f"wrote {args.out}/: {packages}, pipeline.json, verification.json")
     if args.json:
         print(json.dumps(report | {"machine": about}))
 

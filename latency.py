@@ -2,7 +2,6 @@
 
     python latency.py build/                                        # on a Mac: load and predict times; elsewhere: see below
     python latency.py build/ --device iphone --team ABCDE12345      # on the iPhone that is plugged into this Mac
-    python latency.py --ladder                                      # any machine: ladder a to f, our decoder beside SD3's
     python latency.py build/ --swift > Latency.swift                # the same measurement inside an app
 
 On a Mac and on an iPhone coremltools times the packages on the device itself: the first load apart (it compiles for the neural
@@ -13,7 +12,6 @@ Where there is no Core ML, nothing here pretends to be a phone: `latency_ms` is 
 says (multiply-accumulates, operations, bytes of weights, peak bytes of activations).
 """
 
-import argparse
 import asyncio
 import collections
 import json
@@ -21,19 +19,19 @@ import math
 import platform
 import statistics
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from common.checkpoint import HelpFormatter, describe_machine, save_json
+from common.arguments import Parser, integer, real
+from common.checkpoint import save_json
+from common.device import describe_machine
 from coreml import mil_interpreter as mil
+from coreml.costs import activation_bytes, macs
 from coreml.mil_interpreter import ct
-from decoder_studies import run_alone
-from model import LADDER, UNet, ladder
+from coreml.pipeline import PARTS
 
-PARTS = ("text_encoder", "unet", "decoder")
+SWIFT = Path(__file__).parent / "coreml" / "swift" / "Latency.swift"
 UNITS = {"neural engine": "CPU_AND_NE", "GPU": "CPU_AND_GPU", "CPU": "CPU_ONLY"}
 # The paper's milliseconds: a step of the UNet and the decoder on iPhone 16 Pro Max; Table 2 has the decoder on iPhone 15 Pro.
 PAPER = {
@@ -41,7 +39,6 @@ PAPER = {
     "decoder": "119 (iPhone 16 Pro Max), 174 (iPhone 15 Pro)",
     "text_encoder": "",
 }
-PAPER_LADDER = {"b": "-24 %", "c1": "-62 %", "c2": "2.4x faster than b", "d2": "-9 %"}  # Sec. 3.1, Fig. 3
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -54,13 +51,12 @@ def has_core_ml():
 
 async def find_iphone(args):
     """The connected iPhone, with coremltools' model runner installed on it."""
-    from coremltools.models.ml_program.experimental import remote_device
-    from coremltools.models.ml_program.experimental.remote_device import AppSigningCredentials, Device, DeviceType
+    from coremltools.models.ml_program.experimental import remote_device  # complains where there is no Core ML
 
     # coremltools asks the phone 20 times, twice a second, and gives up; a first load for the neural engine takes minutes.
     remote_device._DeviceCtlRemoteService.__init__.__defaults__ = (0.5, math.ceil(args.patience / 0.5))
     try:
-        phones = Device.get_connected_devices(DeviceType.IPHONE)
+        phones = remote_device.Device.get_connected_devices(remote_device.DeviceType.IPHONE)
     except Exception as error:  # no Xcode, or one too old
         raise SystemExit(f"cannot look for an iPhone: {error}. Xcode and its command line tools are needed.") from error
     if not phones:
@@ -69,7 +65,7 @@ async def find_iphone(args):
         raise SystemExit(
             "give --team, the ten letters of your Apple development team: the runner on the phone must be signed."
         )
-    credentials = AppSigningCredentials(development_team=args.team, bundle_identifier=args.bundle)
+    credentials = remote_device.AppSigningCredentials(development_team=args.team, bundle_identifier=args.bundle)
     try:
         return await phones[0].prepare_for_model_debugging(credentials=credentials)
     except Exception as error:
@@ -78,10 +74,10 @@ async def find_iphone(args):
 
 async def time_package(path, unit, device, args):
     """Milliseconds of one package on one compute unit: {"first_load", "load", "predict", "predict_samples"}."""
-    from coremltools.models.ml_program.experimental.perf_utils import MLModelBenchmarker
+    from coremltools.models.ml_program.experimental import perf_utils
 
     model = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit[unit], skip_model_load=True)
-    benchmarker = MLModelBenchmarker(model, device=device)
+    benchmarker = perf_utils.MLModelBenchmarker(model, device=device)
     loads = await asyncio.wait_for(benchmarker.benchmark_load(iterations=1 + args.loads), args.patience)
     predictions = await asyncio.wait_for(benchmarker.benchmark_predict(iterations=args.n, warmup=True), args.patience)
     return {"first_load": loads.samples[0], "load": statistics.median(loads.samples[1:]),
@@ -153,49 +149,6 @@ def print_times(report, plan):
 # Anywhere: what the program itself says
 
 
-def macs(op):
-    """Multiply-accumulates of one MIL operation; 0 for those without products of two tensors."""
-    shape = op.outputs[0].shape
-    if op.op_type == "conv":
-        return int(np.prod(shape)) * int(np.prod(op.inputs["weight"].shape[1:]))
-    if op.op_type == "linear":
-        return int(np.prod(shape)) * op.inputs["weight"].shape[1]
-    if op.op_type == "matmul":
-        inner = op.inputs["x"].shape[-2 if op.inputs["transpose_x"].val else -1]
-        return int(np.prod(shape)) * inner
-    if op.op_type == "einsum":  # "bchq,bkhc->bkhq": every letter of both inputs once
-        equation = op.inputs["equation"].val
-        letters = {}
-        for term, var in zip(equation.split("->")[0].split(","), op.inputs["values"], strict=True):
-            letters |= dict(zip(term, var.shape, strict=True))
-        return int(np.prod(list(letters.values())))
-    if op.op_type == "scaled_dot_product_attention":
-        query, key = op.inputs["query"].shape, op.inputs["key"].shape
-        return 2 * int(np.prod(query)) * key[-2]
-    return 0
-
-
-def activation_bytes(program, function="main"):
-    """The largest sum of bytes of all values that are alive at once, if each is dropped after its last reader."""
-    ops = mil.operations(program, function)
-    size = lambda var: int(np.prod(var.shape)) * mil.torch_type(var).itemsize  # noqa: E731
-    last = {}
-    for i, op in enumerate(ops):
-        for value in op.inputs.values():
-            last |= {var.name: i for var in (value if isinstance(value, list | tuple) else [value])}
-    outputs = {var.name for var in program.functions[function].outputs}
-    alive = {name: size(var) for name, var in program.functions[function].inputs.items()}
-    peak = sum(alive.values())
-    for i, op in enumerate(ops):
-        if op.op_type.startswith("constexpr"):
-            continue  # weights
-        alive |= {var.name: size(var) for var in op.outputs}
-        peak = max(peak, sum(alive.values()))
-        for name in [name for name in alive if last.get(name, i) <= i and name not in outputs]:
-            del alive[name]
-    return peak
-
-
 def report_programs(folder):
     """{part: {"macs", "operations", "weight_bytes", "peak_activation_bytes", "latency_ms": None}}, printed as a table."""
     plan, report = json.loads((folder / "pipeline.json").read_text()), {}
@@ -213,157 +166,36 @@ def report_programs(folder):
     return report
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Anywhere: the ladder and the decoders in PyTorch, as ratios beside the paper's
-
-
-@torch.inference_mode()
-def ladder_times(side, rounds):
-    """{step: seconds of one forward of one latent (16, side, side)}, median of `rounds`; random weights, float32."""
-    samples = {step: [] for step in LADDER}
-    for _ in range(rounds):  # the steps take turns, so that a slow moment of the machine hits all alike
-        for step, taken in samples.items():
-            torch.manual_seed(0)
-            net = UNet(ladder(step)).eval().to(memory_format=torch.channels_last)
-            inputs = torch.randn(1, 16, side, side), torch.tensor([0.5]), torch.randn(1, 77, net.cfg.text_dim)
-            for _ in range(2):  # the first forward warms up
-                start = time.perf_counter()
-                net(*inputs)
-                seconds = time.perf_counter() - start
-            taken.append(seconds)
-            del net
-    return {step: statistics.median(taken) for step, taken in samples.items()}
-
-
-def report_ladder(args):
-    """Print the ladder's and the decoders' times as ratios, and return them."""
-    print(
-        f"{describe_machine(torch.device('cpu'))}, float32, one latent of {args.latent} x {args.latent}, random weights"
-    )
-    seconds, before = ladder_times(args.latent, args.rounds), None
-    print(f"{'step':6}{'ms':>9}{'change':>10}{'against a':>11}   the paper, on the phone")
-    for step, value in seconds.items():
-        change = "" if before is None else f"{100 * (value / before - 1):+.1f} %"
-        print(f"{step:6}{1000 * value:9.1f}{change:>10}{value / seconds['a']:10.2f}x   {PAPER_LADDER.get(step, '')}")
-        before = value
-    print(f"c2 beside b: {seconds['b'] / seconds['c2']:.2f} times as fast (the paper: 2.4)")
-    theirs, ours = (run_alone(name, args.latent)[0] for name in ("SD3", "SnapGen"))
-    print(
-        f"decoder: SD3's {theirs:.2f} s, ours {ours:.2f} s, {theirs / ours:.1f} times as fast (the paper's phone cannot hold SD3's)"
-    )
-    return {"ladder_seconds": seconds, "decoder_seconds": {"SD3": theirs, "SnapGen": ours}}
-
-
-SWIFT = """\
-// Latency.swift: times the packages of build/ inside an app. Add the three .mlpackage folders to an Xcode project with this
-// file, run it in Release on the phone, and call `await printLatency()`. Printed by `python latency.py build/ --swift`.
-import CoreML
-import Foundation
-
-func example(of description: MLModelDescription) throws -> MLFeatureProvider {
-    var values: [String: MLFeatureValue] = [:]
-    for (name, input) in description.inputDescriptionsByName {
-        guard let constraint = input.multiArrayConstraint else { continue }
-        let array = try MLMultiArray(shape: constraint.shape, dataType: constraint.dataType)
-        for i in 0..<array.count { array[i] = constraint.dataType == .int32 ? 1 : NSNumber(value: Double.random(in: 0...1)) }
-        values[name] = MLFeatureValue(multiArray: array)
-    }
-    return try MLDictionaryFeatureProvider(dictionary: values)
-}
-
-func median(_ values: [Double]) -> Double { values.sorted()[values.count / 2] }
-
-func printLatency(rounds: Int = 20) async {
-    let units: [(String, MLComputeUnits)] = [
-        ("neural engine", .cpuAndNeuralEngine), ("GPU", .cpuAndGPU), ("CPU", .cpuOnly),
-    ]
-    let clock = ContinuousClock()
-    func milliseconds(_ duration: Duration) -> Double {
-        Double(duration.components.seconds) * 1e3 + Double(duration.components.attoseconds) / 1e15
-    }
-    for name in [PARTS] {
-        guard let url = Bundle.main.url(forResource: name, withExtension: "mlmodelc") else {
-            print("\\(name): not in the app"); continue
-        }
-        for (unitName, unit) in units {
-            do {
-                let configuration = MLModelConfiguration()
-                configuration.computeUnits = unit
-                var start = clock.now  // the first load compiles for the device
-                var model = try await MLModel.load(contentsOf: url, configuration: configuration)
-                let first = milliseconds(clock.now - start)
-                start = clock.now
-                model = try await MLModel.load(contentsOf: url, configuration: configuration)
-                let load = milliseconds(clock.now - start)
-                let input = try example(of: model.modelDescription)
-                _ = try await model.prediction(from: input)  // warm-up
-                var times: [Double] = []
-                for _ in 0..<rounds {
-                    start = clock.now
-                    _ = try await model.prediction(from: input)
-                    times.append(milliseconds(clock.now - start))
-                }
-                print("\\(name) \\(unitName): first load \\(first) ms, load \\(load) ms, predict \\(median(times)) ms")
-            } catch {
-                print("\\(name) \\(unitName): \\(error)")
-            }
-        }
-    }
-}
-"""
-
-
 def parse_arguments(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
-    p.add_argument("folder", metavar="DIR", nargs="?", type=Path, help="packages of export_coreml.py, such as build/")
+    p = Parser(__doc__, "python latency.py build/")
+    p.add_argument("folder", metavar="DIR", type=Path, help="packages of export_coreml.py, such as build/")
     p.add_argument("--device", choices=("mac", "iphone"), default="mac", help="where to time, from a Mac")
     p.add_argument("--team", help="Apple development team that signs the runner, for --device iphone")
-    p.add_argument(
-        "--bundle", default="org.example.modelrunner", help="bundle identifier of the runner, for --device iphone"
-    )
-    p.add_argument("--n", type=int, default=20, help="predictions whose median is reported")
-    p.add_argument("--loads", type=int, default=3, help="loads after the first whose median is reported")
-    p.add_argument(
-        "--patience", type=float, default=1800, metavar="S", help="seconds to wait for an answer of the phone"
-    )
-    p.add_argument(
-        "--ladder", action="store_true", help="time ladder a to f and both decoders in PyTorch on this machine"
-    )
-    p.add_argument("--latent", type=int, default=32, help="side of the latent for --ladder")
-    p.add_argument("--rounds", type=int, default=5, help="forwards whose median is reported, for --ladder")
+    p.add_argument("--bundle", default="org.example.modelrunner", help="bundle identifier of the runner, for --device iphone")
+    p.add_argument("--n", type=integer(1), default=20, help="predictions whose median is reported")
+    p.add_argument("--loads", type=integer(1), default=3, help="loads after the first whose median is reported")
+    p.add_argument("--patience", type=real(above=0), default=1800, metavar="S", help="seconds to wait for an answer of the phone")
     p.add_argument("--swift", action="store_true", help="print a Swift file that measures inside an app")
     p.add_argument("--out", metavar="FILE", help="also write the JSON object here")
-    args = p.parse_args(argv)
-    for name in ("n", "loads", "rounds", "latent"):
-        if getattr(args, name) < 1:
-            raise SystemExit(f"--{name} must be at least 1, not {getattr(args, name)}.")
-    return args
+    return p.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_arguments(argv)
-    if args.folder is None and (args.swift or not args.ladder):
-        raise SystemExit("nothing to time: give the folder of export_coreml.py, such as build/, or --ladder.")
+    parts = parts_in(args.folder)
     if args.swift:
-        names = [f'"{part}"' for part in parts_in(args.folder)]
-        print(SWIFT.replace("[PARTS]", f"[{', '.join(names)}]"), end="")
+        print(SWIFT.read_text().replace('["text_encoder", "unet", "decoder"]', json.dumps(parts)), end="")
         return
     report = {"machine": describe_machine(torch.device("cpu"))}
-    if args.folder is not None:
-        parts_in(args.folder)
-        plan = json.loads((args.folder / "pipeline.json").read_text())
-        if has_core_ml():
-            report |= asyncio.run(measure(args.folder, args))
-            print_times(report, plan)
-        elif args.device == "iphone":
-            raise SystemExit(
-                "an iPhone can be timed from a Mac only; without --device iphone this machine tells what it can."
-            )
-        else:
-            print("A phone cannot be timed on this machine: no Core ML. What the programs themselves say:")
-            report["programs"] = report_programs(args.folder)
-    if args.ladder:
-        report |= report_ladder(args)
+    plan = json.loads((args.folder / "pipeline.json").read_text())
+    if has_core_ml():
+        report |= asyncio.run(measure(args.folder, args))
+        print_times(report, plan)
+    elif args.device == "iphone":
+        raise SystemExit("an iPhone can be timed from a Mac only; without --device iphone this machine tells what it can.")
+    else:
+        print("A phone cannot be timed on this machine: no Core ML. What the programs themselves say:")
+        report["programs"] = report_programs(args.folder)
     if args.out:
         save_json(report, args.out)
     print(json.dumps(report))

@@ -12,13 +12,16 @@ import torch
 from torch import nn
 
 import export_coreml
-from common.checkpoint import save_network
+from common.checkpoint import load_student, save_network
 from common.encoders import FrozenEncoders
 from coreml import mil_interpreter as mil
+from coreml import package, pipeline
 from coreml.layers import AneNorm, AneTransformer, LayerNormGroups, PhoneDecoder, PhoneText, PhoneUNet
+from coreml.verify import check
 from decoder import DecoderConfig, TinyDecoder, load_decoder
-from export_coreml import Part, check, convert, export
+from export_coreml import Part, convert, export
 from model import Transformer2D, UNet, UNetConfig
+from sample import draw_pictures
 
 pytestmark = pytest.mark.usefixtures("at_home")
 SMALL = UNetConfig(
@@ -139,14 +142,11 @@ def test_every_part_is_verified_and_described(build):
 
 def test_the_chain_draws_what_pytorch_draws(build, students):
     """Packages and pipeline.json alone give the picture that sample.py gives, but for float16."""
-    from common.checkpoint import load_student
-    from sample import draw_pictures
-
     model, config = load_student(students[0])
     expected = draw_pictures(
         model, config, FrozenEncoders("assets/toy-sd3"), PROMPTS[:2], [3, 4], decoder=load_decoder(students[1])[0]
     )
-    for a, b in zip(expected, export_coreml.Packages(build).draw(PROMPTS[:2], [3, 4]), strict=True):
+    for a, b in zip(expected, pipeline.Packages(build).draw(PROMPTS[:2], [3, 4]), strict=True):
         assert a.size == b.size == (64, 64)
         assert np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).mean() < 1.0  # of 255
 
@@ -196,7 +196,7 @@ def test_several_sizes_share_one_package(tmp_path):
         mil.ct.models.MLModel(str(tmp_path / "decoder.mlpackage"), skip_model_load=True).get_spec().description
     )
     assert description.metadata.license == "MIT" and description.defaultFunctionName == "latent8"
-    assert reports[8]["bytes"] < 1.5 * export_coreml.size_of(
+    assert reports[8]["bytes"] < 1.5 * package.size_of(
         tmp_path / "one/decoder.mlpackage"
     )  # weights are there once
 
@@ -218,7 +218,7 @@ def test_fewer_bits_are_fewer_bytes_and_more_error(tmp_path):
 
 
 def program_of(part, tmp_path, precision):
-    export_coreml.save_package(convert(part, precision, arguments(), ABOUT), tmp_path / "x.mlpackage")
+    package.save_package(convert(part, precision, arguments(), ABOUT), tmp_path / "x.mlpackage")
     return mil.read_package(tmp_path / "x.mlpackage")
 
 
@@ -244,7 +244,7 @@ def test_rope_of_another_size_is_caught(tmp_path, monkeypatch):
     module.register_buffer("text", torch.randn(1, 5, 48))
     part = part_of(module, x=torch.randn(1, 64, 4, 4))
     good = program_of(part, tmp_path, "float32")
-    assert check(part, good, "exact", arguments())[0] < 1e-4
+    assert check(part, good, "exact")[0] < 1e-4
     import model
 
     table = model.rope_table
@@ -252,9 +252,9 @@ def test_rope_of_another_size_is_caught(tmp_path, monkeypatch):
         patch.setattr(model, "rope_table", lambda h, w, d, device=None: table(2 * h, w // 2, d, device))
         bad = program_of(part, tmp_path, "float32")
     with pytest.raises(SystemExit, match="off PyTorch"):
-        check(part, bad, "exact", arguments())
+        check(part, bad, "exact")
     with pytest.raises(SystemExit, match="the first bad one, .* dB: (mul|sub|cat|add|concat)"):
-        check(part, bad, "exact", arguments(bisect=True))
+        check(part, bad, "exact", show=True)
 
 
 class NotANumber(nn.Module):
@@ -267,7 +267,7 @@ def test_nan_is_caught_whatever_the_bar(tmp_path):
     program = program_of(part, tmp_path, "float32")
     for precision in ("exact", "declared"):
         with pytest.raises(SystemExit, match="not kept"):
-            check(part, program, precision, arguments(), bar=None)
+            check(part, program, precision, bar=None)
 
 
 def test_layer_norm_of_the_ane_layout_survives_large_numbers(tmp_path):
@@ -276,7 +276,7 @@ def test_layer_norm_of_the_ane_layout_survives_large_numbers(tmp_path):
     norm, x = shaken(nn.LayerNorm(48)), 500 * torch.randn(1, 48, 1, 9)
     part = part_of(AneNorm(norm), x=x)
     part.reference = lambda x: norm(x.transpose(1, 3)).transpose(1, 3)
-    assert check(part, program_of(part, tmp_path, "float16"), "declared", arguments(), bar=50.0)[1] > 50
+    assert check(part, program_of(part, tmp_path, "float16"), "declared", bar=50.0)[1] > 50
 
 
 class Loud(nn.Module):
@@ -294,12 +294,12 @@ def test_group_norm_overflow_is_caught_and_its_other_form_survives(tmp_path):
     torch.manual_seed(0)
     norm, x = shaken(nn.GroupNorm(4, 16)), torch.randn(1, 16, 8, 8)
     bad, good = part_of(Loud(norm), x=x), part_of(Loud(LayerNormGroups(norm)), x=x)
-    assert check(good, program_of(good, tmp_path, "float16"), "declared", arguments(), bar=50.0)[1] > 50
+    assert check(good, program_of(good, tmp_path, "float16"), "declared", bar=50.0)[1] > 50
     program = program_of(bad, tmp_path, "float16")
     with pytest.raises(SystemExit, match="at least 50.0.* --bisect shows where"):
-        check(bad, program, "declared", arguments(), bar=50.0)
+        check(bad, program, "declared", bar=50.0)
     with pytest.raises(SystemExit, match="the first bad one, -inf dB: .*square"):
-        check(bad, program, "declared", arguments(bisect=True), bar=50.0)
+        check(bad, program, "declared", bar=50.0, show=True)
 
 
 def test_bad_input_ends_in_one_sentence(tmp_path, students, monkeypatch):
@@ -335,8 +335,8 @@ def test_bad_input_ends_in_one_sentence(tmp_path, students, monkeypatch):
     (tmp_path / "old.mlpackage").mkdir()
     (tmp_path / "old.mlpackage/weights").write_text("old")
     with pytest.raises(SystemExit, match="disk is full.*intact"):
-        export_coreml.save_package(full, tmp_path / "old.mlpackage")
-    replace, calls = export_coreml.os.replace, []
+        package.save_package(full, tmp_path / "old.mlpackage")
+    replace, calls = package.os.replace, []
 
     def fail_second(source, target):
         calls.append(source)
@@ -345,8 +345,8 @@ def test_bad_input_ends_in_one_sentence(tmp_path, students, monkeypatch):
         replace(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="broken"):
-        patch.setattr(export_coreml.os, "replace", fail_second)
-        export_coreml.save_package(lambda path: Path(path).mkdir(), tmp_path / "old.mlpackage")
+        patch.setattr(package.os, "replace", fail_second)
+        package.save_package(lambda path: Path(path).mkdir(), tmp_path / "old.mlpackage")
     assert [p.name for p in tmp_path.glob("*old*")] == ["old.mlpackage"]  # and nothing half-written beside it
     assert (tmp_path / "old.mlpackage/weights").read_text() == "old"
     (tmp_path / "file").write_text("")

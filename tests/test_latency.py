@@ -13,10 +13,13 @@ import export_coreml
 import latency
 from common.checkpoint import save_json
 from coreml import mil_interpreter as mil
+from coreml.costs import macs
 from coreml.layers import PhoneUNet
+from coreml.package import save_package
+from coreml.verify import compare
 from decoder import DecoderConfig, TinyDecoder
-from decoder_studies import count as count_decoder
 from model import UNet, UNetConfig, count
+from studies.decoder import count as count_decoder
 
 SMALL = UNetConfig(
     channels=(32, 64), depth=(1, 1), self_attention=(False, True), mid_depth=1, layers=1, head_dim=32, groups=16, text_dim=48,
@@ -41,12 +44,12 @@ def test_macs_of_the_unet_are_torchs(layout, tmp_path):
     part = export_coreml.unet_part(UNet(SMALL), 8, torch.randn(1, 5, 48), torch.ones(1, 5), 1, layout)
     assert isinstance(part.module, PhoneUNet)
     args = export_coreml.parse_arguments([])
-    export_coreml.save_package(
+    save_package(
         export_coreml.convert(part, "float32", args, {"commit": "test"}), tmp_path / "u.mlpackage"
     )
     program = mil.read_package(tmp_path / "u.mlpackage")
-    assert sum(map(latency.macs, mil.operations(program))) == count(SMALL, 8, 5)[1]
-    assert export_coreml.compare(part, program, "exact")[0] < 1e-4
+    assert sum(map(macs, mil.operations(program))) == count(SMALL, 8, 5)[1]
+    assert compare(part, program, "exact")[0] < 1e-4
 
 
 def test_report_of_a_program(build, monkeypatch, capsys):
@@ -144,16 +147,6 @@ def test_times_on_an_iphone(build, core_ml, monkeypatch, capsys):
     assert report["device"] == "iPhone 99" and report["os"] == "27.1"
 
 
-def test_ladder_is_timed_in_one_run(monkeypatch, capsys):
-    monkeypatch.setattr(latency, "ladder", lambda step: SMALL)
-    monkeypatch.setattr(latency, "run_alone", lambda name, side: ({"SD3": 60.0, "SnapGen": 4.0}[name], 0, {}))
-    latency.main(["--ladder", "--latent", "8", "--rounds", "1"])
-    printed = capsys.readouterr().out
-    report = json.loads(printed.splitlines()[-1])
-    assert list(report["ladder_seconds"]) == ["a", "b", "c1", "c2", "d1", "d2", "e", "f"]
-    assert min(report["ladder_seconds"].values()) > 0 and "15.0 times as fast" in printed
-
-
 def test_swift_file_names_the_packages_and_parses(build, tmp_path, capsys):
     latency.main([str(build), "--swift"])
     swift = capsys.readouterr().out
@@ -171,8 +164,7 @@ def test_swift_file_names_the_packages_and_parses(build, tmp_path, capsys):
 def test_bad_input_ends_in_one_sentence(build, tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "has_core_ml", lambda: False)
     for command, words in (
-        ([], "nothing to time"),
-        (["--swift", "--ladder"], "nothing to time"),
+        ([], "required: DIR"),
         ([str(tmp_path)], "holds no packages"),
         ([str(build), "--device", "iphone"], "from a Mac only"),
         ([str(build), "--n", "0"], "at least 1"),
