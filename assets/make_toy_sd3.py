@@ -19,7 +19,6 @@ Layout of the text: 24 CLIP tokens, then 256 zero tokens where T5's would be: wh
 `max_sequence_length` is left at 256, and what our silent T5 gives. Draw with that default.
 """
 
-import argparse
 import copy
 import json
 import math
@@ -46,15 +45,17 @@ from transformers import (
 )
 
 import flow
-from common.checkpoint import load_state, pick_device, save_json, save_state
+from common.arguments import Parser, add_device, integer, real
+from common.checkpoint import load_state, save_json, save_state
+from common.device import pick_device
 from common.encoders import FrozenEncoders
 from common.pictures import to_tensor
+from common.run import update_ema
 from common.seeds import batch_indices, rng
 from common.shapes import COLORS, SHAPES, SIDE, ShapesWorld, family_of, make_scene, parse_caption, write_caption
 from data import encode_dataset
 from evaluate import falsify
 from teacher import T5_TOKENS, WeightedTextAttention
-from train_fm import update_ema
 
 
 def cosine(step, steps, peak, warmup=100):
@@ -84,7 +85,7 @@ def make_autoencoder(out, device, steps=2400, batch=16, lr=1e-3, kl_weight=1e-3,
     ).to(device, memory_format=torch.channels_last)  # fmt: skip
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     data = ShapesWorld("train", seed, steps * batch)
-    bar = tqdm(range(steps), desc="vae", mininterval=1)
+    bar = tqdm(range(steps), desc="vae", mininterval=1, disable=None)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = cosine(step, steps, lr)
@@ -230,7 +231,7 @@ def make_text_encoders(out, device, steps=500, batch=128, lr=3e-3, seed=1):
         torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
     ]
     families = ["single", "two", "counting", "counting", "colors"] + 4 * ["position"] + 3 * ["attribution"]
-    bar = tqdm(range(steps), desc="text encoders", mininterval=1)
+    bar = tqdm(range(steps), desc="text encoders", mininterval=1, disable=None)
     for step in bar:
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = lr * min(1, (step + 1) / 30) * min(1, (steps - step) / (0.4 * steps))
@@ -341,7 +342,7 @@ def make_teacher(
     for block in model.transformer_blocks if compiled else ():
         block.compile()
 
-    bar, smooth = tqdm(range(first, steps), initial=first, total=steps, desc="teacher", mininterval=1), None
+    bar, smooth = tqdm(range(first, steps), initial=first, total=steps, desc="teacher", mininterval=1, disable=None), None
     for step in bar:
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):  # linear decay over the last 30 %
             group["lr"] = lr * min(1, (step + 1) / 500) * min(1, (steps - step) / (0.3 * steps))
@@ -413,22 +414,16 @@ def check(out, device):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--out", type=Path, default=Path("assets/toy-sd3"), help="where to (default: assets/toy-sd3)")
+    p = Parser(__doc__, "python -m assets.make_toy_sd3 --only teacher --force --compile")
+    p.add_argument("--out", type=Path, default=Path("assets/toy-sd3"), help="where to")
     p.add_argument("--only", choices=("vae", "text", "teacher"), help="make this part alone")
     p.add_argument("--force", action="store_true", help="make parts again that are there already")
-    p.add_argument("--steps", type=int, help="training steps of the part named by --only, if not its own number")
-    p.add_argument(
-        "--init", metavar="DIR", help="start the teacher from an earlier transformer/ folder, not from nothing"
-    )
-    p.add_argument(
-        "--focus", type=float, default=0.0, help="share of the teacher's batches with captions of two different objects"
-    )
-    p.add_argument("--device", help="cuda, mps or cpu; chosen by itself if not given")
-    p.add_argument(
-        "--compile", action="store_true", help="torch.compile the teacher's blocks: a minute, then twice as fast"
-    )
+    p.add_argument("--steps", type=integer(1), help="training steps of the part named by --only, if not its own number")
+    p.add_argument("--init", metavar="DIR", help="start the teacher from an earlier transformer/ folder, not from nothing")
+    p.add_argument("--focus", type=real(0, 1), default=0.0, help="share of the teacher's batches with two different objects")
+    p.add_argument("--compile", action="store_true", help="torch.compile the teacher's blocks: a minute, then twice as fast")
     p.add_argument("--check", action="store_true", help="make nothing; measure the autoencoder that is there")
+    add_device(p)
     args = p.parse_args(argv)
     if args.check:
         check(args.out, pick_device(args.device))

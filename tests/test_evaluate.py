@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageFilter
 
 import evaluate
+from common.distances import kid
 from common.shapes import FAMILIES, ShapesWorld, draw, make_scene
 from evaluate import NOVEL_FAMILIES, check_detector, detect, falsify, holds, interval, is_on_side, score
 
@@ -90,7 +91,7 @@ def test_kid_by_its_definition():
         for x in (a, b)
     ]
     between = sum(k(x, y) for x in a for y in b) / 20
-    assert evaluate.kid(a, b) == pytest.approx(within[0] + within[1] - 2 * between)
+    assert kid(a, b) == pytest.approx(within[0] + within[1] - 2 * between)
 
 
 def test_kid_and_diversity_tell_a_world_from_its_blurred_and_its_collapsed_version():

@@ -2,9 +2,9 @@
 
 Weights, latents and text are random, since speed does not depend on what they hold; the steps are those of the stages.
 
-    python bench.py --size imagenet --batch 64                            # stages 1 to 3, then the ladder
-    python bench.py --size t2i --batch 8 --teacher sd3.5-large            # with an 8 B teacher in bfloat16 (40 GB of GPU memory)
-    python bench.py --size imagenet --batch 2 --device cpu --stages 1     # minutes, not hours, on a laptop
+    python -m studies.speed --size imagenet --batch 64                 # stages 1 to 3
+    python -m studies.speed --size t2i --batch 8 --teacher sd3.5-large # with an 8 B teacher in bfloat16 (40 GB of GPU memory)
+    python -m studies.speed --size imagenet --batch 2 --device cpu --stages 1     # minutes, not hours, on a laptop
 
 "Model FLOPs" are counted by torch.utils.flop_counter in one eager step: matrix products, convolutions and attention, forward and
 backward, of all networks, without what --checkpointing computes twice. The peak is what a product of two 8192 x 8192 matrices
@@ -18,18 +18,20 @@ import time
 
 import diffusers
 import torch
-from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import SD3Transformer2DModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 import flow
 import step_distill
-from common.checkpoint import HelpFormatter, describe_machine, pick_device
+from common.arguments import Parser, add_device, integer
+from common.device import describe_machine, half, move, pick_device
+from common.run import update_ema
 from distill import Projector, combine
-from model import LADDER, PRESETS, UNet, ladder
+from model import PRESETS, UNet
 from teacher import T5_TOKENS, Teacher, WeightedTextAttention
-from train_fm import autocast, make_optimizers, noisy_batch, predict, update_ema
+from train_fm import make_optimizers, noisy_batch, predict
 
 diffusers.utils.logging.set_verbosity_error()  # casting random weights is no mistake
 MODES = ("eager", "channels_last", "compile")  # how the student runs; each with what the one before has
@@ -97,6 +99,7 @@ class RandomTeacher(Teacher):
         n = len(self.net.transformer_blocks)
         self.data, self.device, self.dtype, self.seen = data, device, dtype, {}
         self.layers, self.feature_dim, self.last = tuple(layer % n for layer in layers), self.net.inner_dim, None
+        self.patch = self.net.config.patch_size
         for layer in self.layers:
             self.net.transformer_blocks[layer].register_forward_hook(
                 lambda block, i, out, layer=layer: self.seen.update({layer: out[1]})
@@ -104,20 +107,18 @@ class RandomTeacher(Teacher):
 
 
 def make_stage(stage, model, forward, data, teacher, device, args):
-    """(step(number), networks that learn): one whole training step of stage 1, 2 or 3, optimizer and EMA included."""
+    """step(number): one whole training step of stage 1, 2 or 3, optimizer and EMA included, on its loss functions."""
     ema = UNet(model.cfg).to(device).requires_grad_(False)
-    optimizers = make_optimizers(model, 1e-5, "adamw")
+    optimizers, layer = make_optimizers(model, 1e-5, "adamw"), list(model.features())[-1]
     if stage == 2:
-        seen = []
-        model.up[-1].layers[-1].transformer.register_forward_hook(lambda module, inputs, output: seen.append(output))
-        width, side = model.cfg.channels[0], data.shape[-1]
-        phi = Projector(width, side, teacher.feature_dim, side // 2).to(device)
-        optimizers += make_optimizers(phi, 1e-5, "adamw")
+        projector = Projector(model.cfg.channels[0], data.shape[-1], teacher.feature_dim, data.shape[-1] // teacher.patch)
+        optimizers += make_optimizers(projector.to(device), 1e-5, "adamw")
     if stage == 3:
-        judge = step_distill.Judge(teacher).to(device)
-        of_heads = torch.optim.AdamW(judge.parameters(), lr=1e-5)
+        discriminator, ratio = step_distill.Discriminator(teacher).to(device), step_distill.RunningRatio().to(device)
+        of_heads = torch.optim.AdamW(discriminator.parameters(), lr=1e-5)
         times = flow.sampling_timesteps(4, 3.0)[:-1]
-        settings = argparse.Namespace(batch=args.batch, seed=0, own=0.5, accumulate=1)
+    settings = argparse.Namespace(batch=args.batch, seed=0, on_policy=0.5, weighting="scaled")
+    batch = noisy_batch(data, 0, 0, args.batch, 1.0)  # once: in training a thread makes them ahead
 
     def finish(step):
         for optimizer in optimizers:
@@ -125,51 +126,40 @@ def make_stage(stage, model, forward, data, teacher, device, args):
             optimizer.zero_grad(set_to_none=True)
         update_ema(ema, model, step)
 
-    x_t, t, v, ids = noisy_batch(data, 0, 0, args.batch, 1.0, 0.1)  # once: in training a thread makes them ahead
-
     def first(step):
-        with autocast(device):
-            predicted = predict(forward, model.cfg, data, x_t, t, ids, device)
-        (predicted.float() - v.to(device)).square().mean().backward()
+        b = move(batch, device)
+        (predict(forward, b) - b.v).square().mean().backward()
         finish(step)
 
     def second(step):
-        seen.clear()
-        with autocast(device):
-            predicted = predict(forward, model.cfg, data, x_t, t, ids, device)
-            projected = phi(seen[0])
-        with torch.no_grad():
-            v_teacher, features = teacher(x_t, t, ids)
-        losses = {"task": (predicted.float() - v.to(device)).square().mean((1, 2, 3)),
-                  "out": (predicted.float() - v_teacher).square().mean((1, 2, 3)),
-                  "feat": (projected.float() - features[-1]).square().mean((1, 2, 3))}  # fmt: skip
-        combine(losses, t.to(device), "scaled", {}).backward()
+        b = move(batch, device)
+        predicted, feature = predict(forward, b, layer)
+        v_teacher, features = teacher(b.x_t, b.t, b.ids)
+        losses = {"task": (predicted - b.v).square().mean((1, 2, 3)), "out": (predicted - v_teacher).square().mean((1, 2, 3)),
+                  "feat": (projector(feature) - features[-1]).square().mean((1, 2, 3))}  # fmt: skip
+        combine(losses, b.t, settings).mean().backward()
         finish(step)
 
     def third(step):  # the target is one forward of a few-step teacher, as with SD3.5-Large-Turbo
-        x0, eps, x_t, t, ids, own = step_distill.starting_points(model, data, settings, times, step, device)
-        x0, eps, x_t, t_on, own = (tensor.to(device) for tensor in (x0, eps, x_t, t, own))
-        level, noise = flow.logit_normal_timesteps(len(t)), torch.randn_like(x0)
+        points = step_distill.draw_points(data, settings, times, step)
+        p = move(step_distill.walk_on_policy(model, points, times, device, args.batch), device)
 
-        def noised(latents):
-            return flow.interpolate(latents, noise, level.to(device)), level, ids
+        def renoised(x):
+            return flow.interpolate(x, p.noise, p.level), p.level, p.ids
 
-        with autocast(device):
-            with torch.no_grad():
-                predicted = flow.x0_from_velocity(
-                    x_t, predict(forward, model.cfg, data, x_t, t, ids, device).float(), t_on
-                )
-                real, fake = judge.features(*noised(x0)), judge.features(*noised(predicted))
-            penalty, on_real = step_distill.gradient_penalty(judge, real)
-            (step_distill.hinge(on_real, judge.answers(fake)) + 0.1 * penalty).backward()
-            of_heads.step()
-            v = predict(forward, model.cfg, data, x_t, t, ids, device).float()
-            v_teacher = teacher(x_t, t, ids)[0].detach()
-            kd, task = (v - v_teacher).square().mean((1, 2, 3)), (v - flow.velocity(x0, eps)).square().mean((1, 2, 3))
-            loss = step_distill.distillation_loss(task, kd, t_on, own, judge.ratio).mean()
-            loss = loss - 0.05 * judge(*noised(flow.x0_from_velocity(x_t, v, t_on))).mean()
-        loss.backward()
+        discriminator.requires_grad_(True)
+        with torch.no_grad():
+            predicted = flow.x0_from_velocity(p.x_t, predict(forward, p), p.t)
+            real, fake = discriminator.features(*renoised(p.x_0)), discriminator.features(*renoised(predicted))
+        penalty, on_real = step_distill.gradient_penalty(discriminator, real)
+        (step_distill.hinge(on_real, discriminator.answers(fake)) + 0.1 * penalty).backward()
+        of_heads.step()
         of_heads.zero_grad(set_to_none=True)
+        discriminator.requires_grad_(False)
+        v = predict(forward, p)
+        kd, task = (v - teacher(p.x_t, p.t, p.ids)[0]).square().mean((1, 2, 3)), (v - p.v).square().mean((1, 2, 3))
+        loss = step_distill.distillation_loss(task, kd, p.t, p.on_policy, ratio.value).mean()
+        (loss - 0.05 * discriminator(*renoised(flow.x0_from_velocity(p.x_t, v, p.t))).mean()).backward()
         finish(step)
 
     return {1: first, 2: second, 3: third}[stage]
@@ -197,7 +187,7 @@ class CountFlops(TorchDispatchMode):
 def median_seconds(work, device, rounds):
     """The median time of `work(k)` after two rounds of warm-up."""
     seconds = []
-    for k in tqdm(range(rounds + 2), leave=False):
+    for k in tqdm(range(rounds + 2), leave=False, disable=None):
         start = time.perf_counter()
         work(k)
         if device.type != "cpu":
@@ -219,9 +209,7 @@ def bench_stages(args, device, cfg, side, peak):
         for mode in args.modes:
             torch.manual_seed(0)
             data = RandomLatents(cfg, side, TEACHERS[teacher_name], args.tokens)
-            half = torch.bfloat16 if device.type == "cuda" else torch.float32
-            layers = spread(teacher_name)
-            teacher = RandomTeacher(teacher_name, data, device, half, layers) if stage > 1 else None
+            teacher = RandomTeacher(teacher_name, data, device, half(device), spread(teacher_name)) if stage > 1 else None
             model = UNet(cfg).to(device)
             if mode != "eager":
                 model = model.to(memory_format=torch.channels_last)
@@ -251,66 +239,30 @@ def spread(name):
     return n // 4, n // 2, n - 1
 
 
-def sdxl():
-    """diffusers' UNet in the shape of SDXL's, with 16 latent channels: 2.6 B parameters."""
-    return UNet2DConditionModel(
-        in_channels=16, out_channels=16, block_out_channels=(320, 640, 1280), layers_per_block=2, cross_attention_dim=2048,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(5, 10, 20), use_linear_projection=True,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def bench_ladder(args, device, side):
-    """Forward time of each ladder step at the paper's widths, and of SDXL's UNet, one after the other."""
-    half = torch.bfloat16 if device.type == "cuda" else torch.float32
-    builders = {step: (lambda step=step: UNet(ladder(step)), 768) for step in LADDER}
-    builders |= {"SDXL": (sdxl, 2048)} if args.sdxl else {}
-    seconds = {}
-    for name, (build, width) in builders.items():
-        with torch.device("meta"):  # built when its turn comes: together they would not fit into 24 GB
-            net = build()
-        net = net.to_empty(device=device).to(half, memory_format=torch.channels_last).eval()
-        for weight in net.parameters():
-            weight.normal_(0, 0.02)
-        x, t = torch.randn(args.batch, 16, side, side, device=device, dtype=half), torch.rand(args.batch, device=device)
-        text = torch.randn(args.batch, args.tokens, width, device=device, dtype=half)
-        seconds[name] = median_seconds(lambda k, net=net, x=x, t=t, text=text: net(x, t, text), device, args.rounds)
-        parameters = sum(p.numel() for p in net.parameters()) / 1e6
-        change = f"{100 * (seconds[name] / seconds['a'] - 1):+8.1f} % against a"
-        print(
-            f"forward {name:5}{parameters:9.1f} M{1000 * seconds[name] / args.batch:10.2f} ms a picture{change}",
-            flush=True,
-        )
-        del net
-    return seconds
-
-
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
+def parse_arguments(argv=None):
+    p = Parser(__doc__, "python -m studies.speed --size imagenet --batch 2 --device cpu --stages 1")
     p.add_argument("--size", choices=PRESETS, default="imagenet", help="the UNet")
-    p.add_argument("--latent", type=int, help="side of the latent; default: 8, 32 or 128 by --size")
-    p.add_argument("--batch", type=int, default=8, help="pictures a step")
-    p.add_argument("--tokens", type=int, help="of the student's text; default: 77, for t2i 205, with Gemma's 128")
-    p.add_argument("--stages", type=int, nargs="*", choices=(1, 2, 3), default=(1, 2, 3), help="none: the ladder alone")
+    p.add_argument("--latent", type=integer(4, multiple=4), help="side of the latent; default: 8, 32 or 128 by --size")
+    p.add_argument("--batch", type=integer(1), default=8, help="pictures a step")
+    p.add_argument("--tokens", type=integer(1), help="of the student's text; default: 77, for t2i 205, with Gemma's 128")
+    p.add_argument("--stages", type=integer(1, 3), nargs="+", default=(1, 2, 3), help="which stages")
     p.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="how the student runs")
     p.add_argument("--teacher", choices=TEACHERS, help="of stages 2 and 3; default: sd3.5-large for t2i, else toy")
     p.add_argument("--checkpointing", action="store_true", help="compute activations twice, to save memory")
-    p.add_argument("--no-ladder", action="store_true", help="leave the ladder out")
-    p.add_argument("--sdxl", action="store_true", help="with the ladder, also SDXL's UNet (2.6 B parameters)")
-    p.add_argument("--rounds", type=int, default=5, help="timed steps; the median counts")
-    p.add_argument("--device", help="cuda, mps or cpu; chosen by itself if not given")
+    p.add_argument("--rounds", type=integer(1), default=5, help="timed steps; the median counts")
     p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    add_device(p)
     args = p.parse_args(argv)
     args.tokens = (205 if args.size == "t2i" else 77) if args.tokens is None else args.tokens
-    for name in ("batch", "tokens", "rounds"):
-        if getattr(args, name) < 1:
-            raise SystemExit(f"--{name} must be at least 1, not {getattr(args, name)}.")
     args.teacher = args.teacher or ("sd3.5-large" if args.size == "t2i" else "toy")
+    return args
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
     device, cfg = pick_device(args.device), PRESETS[args.size]
     side = args.latent or {"tiny": 8, "imagenet": 32, "t2i": 128}[args.size]
-    peak = matmul_peak(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    peak = matmul_peak(device, half(device))
     machine = describe_machine(device)
     maker = next((value for name, value in MAKERS_PEAK.items() if name in machine["device"]), None)
     print(
@@ -321,8 +273,6 @@ def main(argv=None):
     report = {"machine": machine, "peak": maker or peak}
     try:
         report["stages"] = bench_stages(args, device, cfg, side, maker or peak)
-        if not args.no_ladder:
-            report["ladder"] = bench_ladder(args, device, side)
     except torch.OutOfMemoryError as error:
         raise SystemExit(f"out of memory with --batch {args.batch}: lower it, or give --checkpointing.") from error
     if args.json:

@@ -1,0 +1,113 @@
+"""Stage 3 under the lens: how many steps are enough, what each loss gives, and what it saves.
+
+    python -m studies.few_steps --compare assets/zoo/step_distill       # teacher | before: 28, 4 | after: 8, 4, 2, 1 steps; times
+    python -m studies.few_steps --ablate --steps 300 --seeds 2          # adversarial only, distillation only, both
+"""
+
+import time
+
+import numpy as np
+import torch
+
+import flow
+import step_distill
+from common import arguments, parallel
+from common.arguments import integer
+from common.checkpoint import latest, save_atomically, save_json
+from common.device import describe_machine, pick_device
+from common.encoders import FrozenEncoders
+from common.figures import captioned_grid
+from common.pictures import to_pictures
+from evaluate import prompts_of
+from studies.students import describe_rows, draw_with_teacher, load_students, noise_for, score_once, train_rows
+
+ROWS = {
+    "adversarial only": {"losses": "adv"},
+    "distillation only": {"losses": "kd"},
+    "both": {"losses": "adv+kd"},
+}
+OWN = ("ablate", "compare", "before", "seeds", "per_family")  # flags that are no part of a training
+
+
+@torch.no_grad()
+def compare(args):
+    """compare.png: rows of prompts; columns teacher 28, the student before with 28 and with 4 steps, ours with 8, 4, 2, 1.
+
+    Prints what a picture takes in the UNet, in a full batch: the best of two turns, taken one after the other.
+    """
+    ((before, before_config), (ours, config)), encoders = load_students([args.before, args.compare], args)
+    prompts = prompts_of("val", 2, args.seed)
+    noise = noise_for(prompts, args.seed, config, encoders)
+    columns = {"teacher 28": draw_with_teacher(args, encoders, prompts, noise, config["sampling"]["shift"])}
+    kinds = {
+        "before 28": (before, before_config, 28, before_config["sampling"]["guidance"]),
+        "before 4": (before, before_config, 4, 1.0),
+        **{f"ours {n}": (ours, config, n, 1.0) for n in (8, 4, 2, 1)},
+    }
+
+    def draw(kind, copies):
+        model, config, steps, guidance = kinds[kind]
+        captions = prompts * copies
+        text, empty = (encoders.student_text(c, model.cfg.text_dim) for c in (captions, [""] * len(captions)))
+        start, x = time.perf_counter(), noise.repeat(copies, 1, 1, 1)
+        latents = flow.euler_sample(model, x, text, empty, steps, guidance, config["sampling"]["shift"])
+        latents.sum().item()  # waits for a GPU
+        return latents, (time.perf_counter() - start) / len(captions)
+
+    for kind in kinds:
+        columns[kind] = to_pictures(encoders.decode_latents(draw(kind, 1)[0]))
+    rows = [[column[k] for column in columns.values()] for k in range(len(prompts))]
+    grid = captioned_grid(rows, [f"{prompt}: {' | '.join(columns)}" for prompt in prompts], scale=2)
+    save_atomically(grid.save, args.out / "compare.png")
+
+    turns = [{kind: draw(kind, 5)[1] for kind in kinds} for _ in range(2)]
+    seconds = {kind: min(turn[kind] for turn in turns) for kind in kinds}
+    print(f"seconds a picture in the UNet, {5 * len(prompts)} at once, {describe_machine(noise.device)}:")
+    for kind, value in seconds.items():
+        print(f"    {kind:10}{value:8.3f}{seconds['before 28'] / value:8.1f} times as fast as before")
+    save_json(seconds, args.out / "seconds.json")
+    print(f"wrote {args.out}/compare.png, seconds.json")
+
+
+def ablate(args):
+    """The table: mini-GenEval with 1, 2, 4 and 8 steps of every row; above them the student before."""
+    encoders, results = FrozenEncoders(args.teacher, pick_device(args.device)), {name: [] for name in ROWS}
+
+    def measure(model, config, encoders):
+        return step_distill.few_step_scores(model, config, encoders, args.per_family, seed=0)
+
+    before = score_once(args.init, args.out / f"before-{args.per_family}.json", measure, encoders)
+    for name, out in train_rows(args, ROWS, step_distill.train, OWN):
+        results[name].append(score_once(out, out / f"mini-geneval-{args.per_family}.json", measure, encoders))
+    print(f"\n{describe_rows(args)}, for {args.for_steps} steps, no guidance")
+    print(f"{'':20}" + "".join(f"{f'{n} steps':>24}" for n in (1, 2, 4, 8)))
+    for name, runs in {f"before: {args.init}"[:19]: [before], **results}.items():
+        cells = [[run[f"score_{n}"] for run in runs] for n in (1, 2, 4, 8)]
+        print(f"{name:20}" + "".join(f"{f'{np.mean(c):.3f} ({min(c):.3f} to {max(c):.3f})':>24}" for c in cells))
+    save_json(results, args.out / "ablation.json")
+    print(f"wrote {args.out}/ablation.json")
+
+
+def parse_arguments(argv=None):
+    p = step_distill.make_parser(__doc__, "python -m studies.few_steps --compare assets/zoo/step_distill")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--ablate", action="store_true", help="train adversarial only, distillation only, both; print the table")
+    what.add_argument("--compare", metavar="DIR", help="draw this student with 8, 4, 2, 1 steps beside --before and the teacher")
+    p.add_argument("--before", metavar="DIR", default="assets/zoo/distill", help="the student of stage 2, for --compare")
+    p.add_argument("--seeds", type=integer(1), default=3, help="runs a row, for --ablate")
+    p.add_argument("--per-family", type=integer(1), default=100, help="mini-GenEval prompts a family, for --ablate")
+    p.set_defaults(out=arguments.Path("runs/studies/few_steps"))
+    args = arguments.by_size(p.parse_args(argv))
+    if args.ablate and args.data:
+        raise SystemExit("--ablate counts shapes, and needs the shapes world: leave --data out.")
+    args.init = args.init or (latest("distill") if args.ablate else None)
+    return args
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    (ablate if args.ablate else compare)(args)
+
+
+if __name__ == "__main__":
+    parallel.launch(main)

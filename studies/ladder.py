@@ -1,0 +1,173 @@
+"""The ablation ladder of Fig. 2 and 3 on this machine: where parameters and MACs are, and how long each step takes.
+
+    python -m studies.ladder                         # parameters and MACs of each part of the UNet
+    python -m studies.ladder --forward               # time of one forward of steps a to f at the paper's widths, beside the paper's
+    python -m studies.ladder --forward --sdxl        # and of SDXL's UNet (2.6 B parameters)
+    python -m studies.ladder --training              # training pictures a second at the widths of --size tiny
+    python -m studies.ladder --training --compile --only a f      # the first and the last one, through torch.compile
+
+Weights are random: time does not depend on them.
+"""
+
+import json
+import statistics
+import time
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.arguments import Parser, add_device, integer
+from common.device import describe_machine, half, pick_device
+from model import LADDER, PRESETS, UNet, count, ladder
+
+# The paper's latency on iPhone 15 Pro (Sec. 3.1, Fig. 3).
+PAPER_LATENCY = {"b": "-24 %", "c1": "-62 %", "c2": "2.4x faster than b", "d2": "-9 %"}
+
+
+def count_parts(cfg, side, tokens=77):
+    """{"down.0": (parameters, MACs of one forward), ...} of a UNet at a (side, side) latent; no weight is allocated."""
+    with torch.device("meta"):
+        net = UNet(cfg)
+        inputs = (torch.empty(1, cfg.latent_channels, side, side), torch.empty(1), torch.empty(1, tokens, cfg.text_dim))
+    with torch.no_grad(), FlopCounterMode(display=False, depth=None) as counter:
+        net(*inputs)
+    macs = {name.removeprefix("UNet."): sum(kinds.values()) // 2 for name, kinds in counter.get_flop_counts().items()}
+    parts = {}
+    for name, part in net.named_modules():
+        if name.rstrip("0123456789") in ("conv_in", "time_mlp", "down.", "mid.", "up.", "conv_out"):
+            inside = {n for n in macs if n == name or n.startswith(f"{name}.")}
+            outermost = [n for n in inside if not any(n.startswith(f"{other}.") for other in inside)]
+            parts[name] = (sum(p.numel() for p in part.parameters()), sum(macs[n] for n in outermost))
+    return parts
+
+
+def sdxl():
+    """diffusers' UNet in the shape of SDXL's, with 16 latent channels: 2.6 B parameters."""
+    return UNet2DConditionModel(
+        in_channels=16, out_channels=16, block_out_channels=(320, 640, 1280), layers_per_block=2, cross_attention_dim=2048,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20), use_linear_projection=True,
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def forward_times(steps, side, batch, rounds, device):
+    """{step: seconds of one forward}, median of `rounds`; steps are those of LADDER, and "SDXL".
+
+    They take turns, so that a slow moment of the machine hits all alike; each is built when its turn comes, since together they
+    would not fit into memory.
+    """
+    samples, dtype = {step: [] for step in steps}, half(device)
+    for _ in range(rounds):
+        for step, taken in samples.items():
+            with torch.device("meta"):
+                net = sdxl() if step == "SDXL" else UNet(ladder(step))
+            net = net.to_empty(device=device).to(dtype, memory_format=torch.channels_last).eval()
+            for weight in [*net.parameters(), *net.buffers()]:
+                weight.normal_(0, 0.02)
+            width = 2048 if step == "SDXL" else net.cfg.text_dim
+            x, text = (torch.randn(batch, *s, device=device, dtype=dtype) for s in ((16, side, side), (77, width)))
+            t = torch.full((batch,), 0.5, device=device)
+            for _ in range(2):  # the first forward warms up
+                start = time.perf_counter()
+                out = net(x, t, text)
+                (out.sample if step == "SDXL" else out).sum().item()  # waits for a GPU
+                seconds = time.perf_counter() - start
+            taken.append(seconds)
+            del net
+    return {step: statistics.median(taken) for step, taken in samples.items()}
+
+
+def report_forward(args, device):
+    steps = [*args.only, *(["SDXL"] if args.sdxl else [])]
+    side = args.latent
+    print(f"one forward of {args.batch} latents of {side}x{side}, 77 tokens, {half(device)}, {describe_machine(device)}")
+    seconds, before, first = forward_times(steps, args.latent, args.batch, args.rounds, device), None, steps[0]
+    print(f"{'step':6}{'ms':>9}{'change':>10}{'against ' + first:>12}   the paper, on the phone")
+    for step, value in seconds.items():
+        change = "" if before is None else f"{100 * (value / before - 1):+.1f} %"
+        print(f"{step:6}{1000 * value:9.1f}{change:>10}{value / seconds[first]:11.2f}x   {PAPER_LATENCY.get(step, '')}", flush=True)
+        before = value
+    if {"b", "c2"} <= seconds.keys():
+        print(f"c2 beside b: {seconds['b'] / seconds['c2']:.2f} times as fast (the paper: 2.4)")
+    return {"forward_seconds": seconds}
+
+
+def training_speed(steps, batch, rounds, compiled, device, side=8, tokens=13):
+    """{step: training pictures a second} (forward, backward, AdamW) at the widths of --size tiny, median of `rounds`.
+
+    The longest captions of the shapes world have 13 tokens. The steps take turns here too.
+    """
+    turns = {}
+    for step in steps:
+        cfg = ladder(step, PRESETS["tiny"])
+        net = UNet(cfg).to(device, memory_format=torch.channels_last)
+        if compiled:
+            net.compile()
+        turns[step] = (net, torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True), cfg, [])
+    for _ in range(rounds + 1):  # the first round warms up
+        for net, optimizer, cfg, seconds in turns.values():
+            x, t = torch.randn(batch, cfg.latent_channels, side, side, device=device), torch.rand(batch, device=device)
+            text = torch.randn(batch, tokens, cfg.text_dim, device=device)
+            mask = torch.ones(batch, tokens, dtype=torch.bool, device=device)
+            start = time.perf_counter()
+            loss = net(x, t, text, mask).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            loss.item()  # waits for a GPU
+            seconds.append(time.perf_counter() - start)
+    return {step: batch / statistics.median(seconds[1:]) for step, (_, _, _, seconds) in turns.items()}
+
+
+def report_training(args, device):
+    print(f"training at the widths of --size tiny, batch {args.batch}, 8x8 latents, {describe_machine(device)}"
+          f"{', compiled' if args.compile else ''}")  # fmt: skip
+    speed = training_speed(args.only, args.batch, args.rounds, args.compile, device)
+    for step, rate in speed.items():
+        params, macs = count(ladder(step, PRESETS["tiny"]), 8, 13)
+        first = args.only[0]
+        print(f"{step:5}{params / 1e6:8.2f} M{macs / 1e6:8.1f} MMACs{rate:8.1f} pictures/s{rate / speed[first]:8.2f} x {first}")
+    return {"training_pictures_per_second": speed}
+
+
+def report_parts():
+    report = {}
+    for name, side in (("imagenet", 32), ("tiny", 8)):
+        print(f"--size {name} at a {side}x{side} latent, {PRESETS[name]}")
+        report[name] = count_parts(PRESETS[name], side)
+        for part, (params, macs) in report[name].items():
+            print(f"{part:12}{params / 1e6:10.3f} M{macs / 1e6:12.1f} MMACs")
+    return {"parts": report}
+
+
+def parse_arguments(argv=None):
+    p = Parser(__doc__, "python -m studies.ladder --forward --only a f")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--forward", action="store_true", help="time one forward of each step at the paper's widths")
+    what.add_argument("--training", action="store_true", help="time training at the widths of --size tiny")
+    p.add_argument("--only", nargs="+", choices=LADDER, default=list(LADDER), help="these steps; default: all")
+    p.add_argument("--latent", type=integer(4, multiple=4), default=32, help="side of the latent, for --forward")
+    p.add_argument("--batch", type=integer(1), help="latents at once; default: 1 for --forward, 64 for --training")
+    p.add_argument("--rounds", type=integer(1), default=5, help="turns of each step, of which the median counts")
+    p.add_argument("--sdxl", action="store_true", help="with --forward, also SDXL's UNet")
+    p.add_argument("--compile", action="store_true", help="with --training: torch.compile each first, some minutes a step")
+    p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    add_device(p)
+    args = p.parse_args(argv)
+    args.batch = args.batch or (64 if args.training else 1)
+    return args
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    device = pick_device(args.device)
+    report = report_forward(args, device) if args.forward else report_training(args, device) if args.training else report_parts()
+    if args.json:
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Stage 2 under the lens: which losses help, who teaches when, and what the students draw.
+
+    python -m studies.losses --ablate --steps 1000 --seeds 2            # five rows: which losses, scaled or not
+    python -m studies.losses --compare runs/task runs/distill           # teacher | students, from the same noise
+    python -m studies.losses --plot-scaling assets/zoo/distill          # Fig. 6 in small: who teaches when, and how strongly
+"""
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import distill
+import flow
+from common import arguments, parallel
+from common.arguments import integer
+from common.checkpoint import latest, save_atomically, save_json
+from common.device import pick_device
+from common.encoders import FrozenEncoders
+from common.figures import captioned_grid, pyplot, save_figure
+from common.run import Log
+from common.seeds import rng
+from data import open_data
+from evaluate import prompts_of, score
+from sample import draw_pictures
+from studies.students import describe_rows, draw_with_teacher, load_students, noise_for, score_once, train_rows
+from teacher import Teacher
+from train_fm import Batch, predict
+
+ROWS = {
+    "no teacher": {"losses": "task", "weighting": "scaled"},
+    "output, fixed weight": {"losses": "task+out", "weighting": "linear"},
+    "output, timestep-aware": {"losses": "task+out", "weighting": "scaled"},
+    "output + features, fixed": {"losses": "task+out+feat", "weighting": "linear"},
+    "output + features, timestep-aware": {"losses": "task+out+feat", "weighting": "scaled"},
+}
+OWN = ("ablate", "compare", "plot_scaling", "seeds", "per_family")  # flags that are no part of a training
+
+
+@torch.no_grad()
+def plot_scaling(args):
+    """scaling.png: a_t, and a student's L_task and L_kd over t, raw and as S weighs them (the paper's Fig. 6 in small)."""
+    ((model, _),), encoders = load_students([args.plot_scaling], args)
+    device = encoders.device
+    _, val = open_data(args, encoders)
+    teacher = Teacher(args.teacher, val, device)
+    times, rows = torch.linspace(0.025, 0.975, 20), []
+    for i, t in enumerate(tqdm(times, desc="measuring", disable=None)):
+        x0, ids = val.pictures(torch.arange(min(64, len(val))))
+        t, eps = t.expand(len(x0)), torch.randn(x0.shape, generator=rng(args.seed, i))
+        x_t, v, text = flow.interpolate(x0, eps, t).to(device), flow.velocity(x0, eps).to(device), val.text(ids)
+        predicted = predict(model, Batch(x_t, t.to(device), v, ids, *(x.to(device) for x in text)))
+        task = (predicted - v).square().mean((1, 2, 3))
+        out = (predicted - teacher(x_t, t, ids)[0]).square().mean((1, 2, 3))
+        ratio, a = task / out, distill.timestep_weight(t[:1]).item()
+        rows.append([task.mean().item(), out.mean().item(), a * task.mean().item(), (1 - a) * (ratio * out).mean().item(),
+                     (1 - a) * ratio.mean().item()])  # fmt: skip
+    task, out, scaled_task, scaled_out, pull = zip(*rows, strict=True)
+    figure, axes = pyplot().subplots(1, 4, figsize=(17, 3.8))
+    fine = torch.linspace(0, 1, 201)
+    axes[0].plot(fine, distill.timestep_weight(fine), label="a_t: the data's part")
+    axes[0].plot(fine, 1 - distill.timestep_weight(fine), label="1 - a_t: the teacher's part")
+    axes[0].set(title="who teaches when")
+    axes[1].plot(times, task, label="L_task"), axes[1].plot(times, out, label="L_kd")
+    axes[1].set(yscale="log", title="raw")
+    axes[2].plot(times, scaled_task, label="a_t L_task"), axes[2].plot(times, scaled_out, label="(1 - a_t) ratio L_kd")
+    axes[2].set(title="as S counts them")
+    axes[3].plot(times, pull, label="(1 - a_t) |L_task| / |L_kd|")
+    axes[3].set(yscale="log", title="what multiplies the gradient of L_kd")
+    for axis in axes:
+        axis.set_xlabel("t (0 = data, 1 = noise)")
+    save_figure(figure, args.out / "scaling.png")
+    print(f"wrote {args.out}/scaling.png")
+
+
+@torch.no_grad()
+def compare(args):
+    """compare.png: the teacher and the students of --compare, each column from the same noise and prompt."""
+    students, encoders = load_students(args.compare, args)
+    prompts = [prompt for prompt in prompts_of("val", 2, args.seed) for _ in range(2)]
+    config, seeds = students[0][1], [args.seed + i for i in range(len(prompts))]
+    noise = noise_for(prompts, args.seed, config, encoders)
+    columns = [draw_with_teacher(args, encoders, prompts, noise, config["sampling"]["shift"])]
+    columns += [draw_pictures(model, config, encoders, prompts, seeds) for model, config in students]
+    names = " | ".join(["teacher", *(str(folder) for folder in args.compare)])
+    rows = [[column[i] for i in (k, k + 1) for column in columns] for k in range(0, len(prompts), 2)]
+    grid = captioned_grid(rows, [f"{prompt}: {names}" for prompt in prompts[::2]], scale=2)
+    save_atomically(grid.save, args.out / "compare.png")
+    print(f"wrote {args.out}/compare.png")
+
+
+def ablate(args):
+    """The table: mini-GenEval, validation loss and milliseconds a step of every row."""
+    encoders, results = FrozenEncoders(args.teacher, pick_device(args.device)), {name: [] for name in ROWS}
+    prompts = prompts_of("val", args.per_family, 0)
+
+    def measure(model, config, encoders):
+        return score(draw_pictures(model, config, encoders, prompts, range(len(prompts))), prompts)
+
+    for name, out in train_rows(args, ROWS, distill.train, OWN):
+        report = score_once(out, out / f"mini-geneval-{args.per_family}.json", measure, encoders)
+        table = Log(out / "log.csv", args.steps)
+        results[name].append({"overall": report["overall"], "val_loss": table.column("val_loss")[-1],
+                              "ms_per_step": 1000 * args.batch / table.column("pictures_per_second")[-1]})  # fmt: skip
+    print(f"\n{describe_rows(args)}")
+    print(f"{'':36}{'mini-GenEval':>13}{'range':>17}{'val loss':>10}{'ms a step':>11}")
+    for name, runs in results.items():
+        scores, milliseconds = [run["overall"] for run in runs], [run["ms_per_step"] for run in runs]
+        print(f"{name:36}{np.mean(scores):13.3f}{f'{min(scores):.3f} to {max(scores):.3f}':>17}"
+              f"{np.mean([run['val_loss'] for run in runs]):10.4f}{np.mean(milliseconds):11.0f}")  # fmt: skip
+    save_json(results, args.out / "ablation.json")
+    print(f"wrote {args.out}/ablation.json")
+
+
+def parse_arguments(argv=None):
+    p = distill.make_parser(__doc__, "python -m studies.losses --compare assets/zoo/fm assets/zoo/distill")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--ablate", action="store_true", help="train the five rows of the ablation and print the table")
+    what.add_argument("--compare", metavar="DIR", nargs="+", help="draw the teacher and these students from the same noise")
+    what.add_argument("--plot-scaling", metavar="DIR", help="draw a_t and this student's losses over t")
+    p.add_argument("--seeds", type=integer(1), default=3, help="runs a row, for --ablate: seeds --seed, --seed + 1, ...")
+    p.add_argument("--per-family", type=integer(1), default=100, help="mini-GenEval prompts a family, for --ablate")
+    p.set_defaults(out=arguments.Path("runs/studies/losses"))
+    args = arguments.by_size(p.parse_args(argv))
+    args.init = args.init or (latest("fm") if args.ablate else None)
+    return args
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    (ablate if args.ablate else compare if args.compare else plot_scaling)(args)
+
+
+if __name__ == "__main__":
+    parallel.launch(main)

@@ -1,0 +1,70 @@
+"""What the studies of stages 2 and 3 share: trained students side by side, and rows of trainings that differ in a switch."""
+
+import argparse
+import json
+
+import torch
+
+from common.checkpoint import check_encoders, load_student, save_json
+from common.device import describe_machine, pick_device
+from common.encoders import FrozenEncoders
+from common.pictures import to_pictures
+from common.seeds import rng
+from data import Latents
+from step_distill import solve
+from teacher import Teacher
+
+
+def load_students(folders, args):
+    """([(model, config)], encoders) of student folders that were trained with the encoders of --teacher."""
+    device = pick_device(args.device)
+    students = [load_student(folder, device) for folder in folders]
+    encoders = FrozenEncoders(args.teacher, device, gemma=students[0][1].get("gemma"))
+    for _, config in students:
+        check_encoders(config, encoders)
+    return students, encoders
+
+
+def encode_prompts(prompts, encoders):
+    """Captions without pictures, as data.Latents: what a Teacher needs to know of them."""
+    captions = ["", *dict.fromkeys(prompts)]
+    return Latents(torch.zeros(0), torch.zeros(0), captions, *encoders.encode_captions(captions))
+
+
+def draw_with_teacher(args, encoders, prompts, noise, shift):
+    """What the teacher draws in 28 guided steps from the noise (B, C, H, W): B pictures."""
+    text = encode_prompts(prompts, encoders)
+    teacher = Teacher(args.teacher, text, noise.device)
+    ids = torch.tensor([text.captions.index(prompt) for prompt in prompts])
+    latents = solve(teacher, noise, torch.ones(len(ids)), ids, 3.0, shift, 28)
+    return to_pictures(encoders.decode_latents(latents))
+
+
+def noise_for(prompts, seed, config, encoders):
+    """Noise (B, C, H, W) from the seeds seed, seed + 1, ...: sample.py begins with the same."""
+    shape = (encoders.latent_channels, *config["latent_size"])
+    return torch.stack([torch.randn(shape, generator=rng(seed + i)) for i in range(len(prompts))]).to(encoders.device)
+
+
+def train_rows(args, rows, train, study):
+    """Train every row ({name: flags}) with seeds --seed, --seed + 1, ... and yield (name, folder) as each is done. What is finished
+    is kept: call again to go on. `study`: names of flags that are the study's own, and no part of a training."""
+    flags = {name: value for name, value in vars(args).items() if name not in study}
+    for seed in range(args.seed, args.seed + args.seeds):
+        for name, changes in rows.items():
+            out = args.out / "-".join([*changes.values(), f"seed{seed}"])
+            print(f"-- {name}, seed {seed}")
+            train(argparse.Namespace(**{**flags, **changes, "seed": seed, "resume": True, "out": out}))
+            yield name, out
+
+
+def score_once(folder, path, measure, encoders):
+    """measure(model, config, encoders) of a student folder, kept in the JSON file `path`."""
+    if not path.is_file():
+        save_json(measure(*load_student(folder, encoders.device), encoders), path)
+    return json.loads(path.read_text())
+
+
+def describe_rows(args):
+    return (f"{args.steps} steps of {args.batch} from {args.init}, seeds {args.seed} to {args.seed + args.seeds - 1}, "
+            f"{args.per_family} prompts a family, {describe_machine(pick_device(args.device))}")  # fmt: skip
