@@ -1,4 +1,4 @@
-"""The commands of the README and of the recipes are understood by the scripts they call."""
+"""The commands of README, docs and recipes are understood by the scripts they call, and the files they name are there."""
 
 import importlib
 import re
@@ -8,40 +8,63 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("train_fm", "distill", "step_distill", "decoder", "sample", "evaluate", "export_coreml", "shards")
+PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*.md")]))]
 
 
-def commands(path):
-    """(script, arguments) of every call in the page's code blocks, shell variables put in."""
-    for block in re.findall(r"^```\w*\n(.*?)^```", path.read_text(), flags=re.M | re.S):
+def calls(text):
+    """Every line of a page that calls a script: those of code blocks, shell variables put in, and those between backticks."""
+    for block in re.findall(r"^```\w*\n(.*?)^```", text, flags=re.M | re.S):
         variables = {"side": "256"}
         for line in block.replace("\\\n", " ").splitlines():
             for name in sorted(variables, key=len, reverse=True):
                 line = line.replace(f"${name}", variables[name])
-            assigned = re.fullmatch(r"(\w+)=(.*)", line.strip())
-            if assigned:
+            if assigned := re.fullmatch(r"(\w+)=(.*)", line.strip()):
                 variables[assigned[1]] = assigned[2].strip('"')
-            if not re.match(r"\s*(OMP_NUM_THREADS=\d )?(\S*python|torchrun) ", line):
-                continue
-            words = shlex.split(line.split(" | ")[0], comments=True)
+            yield line
+    for line in re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)):
+        yield " ".join(line.split())
+
+
+def commands(page):
+    """(module, arguments) of every call on a page of a script of ours."""
+    for line in calls((ROOT / page).read_text(encoding="utf-8")):
+        if not re.match(r"\s*(OMP_NUM_THREADS=\d )?(\S*python|torchrun) ", line) or "..." in line or "NAME" in line:
+            continue
+        words = shlex.split(line.split(" | ")[0], comments=True)
+        if "-m" in words and "torchrun" not in words[0]:
+            module, arguments = words[words.index("-m") + 1], words[words.index("-m") + 2 :]
+        else:
             called = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
             if called is None:
                 continue
-            script, arguments = words[called].removesuffix(".py"), words[called + 1 :]
-            if script == "data" and arguments[:1] == ["encode"]:
-                script, arguments = "shards", arguments[1:]
-            yield script, arguments
+            module, arguments = words[called].removesuffix(".py"), words[called + 1 :]
+        if module in ("pytest", "venv", "pip"):
+            continue
+        yield ("common.shards", arguments[1:]) if module == "data" and arguments[:1] == ["encode"] else (module, arguments)
 
 
-@pytest.mark.parametrize("page", ["README.md", "recipes/imagenet.md", "recipes/t2i.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_every_command_is_understood(page):
-    understood = []
-    for script, arguments in commands(ROOT / page):
-        if script in SCRIPTS:
-            module = importlib.import_module("common.shards" if script == "shards" else script)
+    for name, arguments in commands(page):
+        module = importlib.import_module(name)
+        if hasattr(module, "parse_arguments"):
             module.parse_arguments(arguments)  # SystemExit for a flag that it does not have
-            understood.append(script)
-    expected = {"README.md": SCRIPTS, "recipes/imagenet.md": ("shards", "train_fm", "sample")}
-    assert set(understood) >= set(
-        expected.get(page, ("shards", "train_fm", "distill", "step_distill", "decoder", "sample"))
-    )
+        else:  # its flags are read in main()
+            source = (ROOT / (name.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+            assert all(f'"{word.split("=")[0]}"' in source for word in arguments if word.startswith("--")), (name, arguments)
+
+
+def test_the_pages_call_every_script():
+    called = {name for page in PAGES for name, _ in commands(page)}
+    stages = {path.stem for path in ROOT.glob("*.py")} - {"flow", "teacher"}
+    studies = {f"studies.{path.stem}" for path in ROOT.glob("studies/*.py")} - {"studies.__init__", "studies.students"}
+    assert called >= stages | studies
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_a_page_names_is_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if not link.startswith("http")]
+    assert all((ROOT / page).parent.joinpath(link).exists() for link in links), links
+    for name in re.findall(r"`((?:common|coreml|studies|assets|docs|recipes)/[\w./-]*|\w+\.py)`", text):
+        assert (ROOT / name).exists(), f"{page} names {name}"
