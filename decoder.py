@@ -21,6 +21,7 @@ Losses [P]: MSE, LPIPS and an adversarial loss; no KL, since the encoder is froz
 the three, the discriminator, and widths and blocks (the simplest that meet Table 2) are our assumptions [A].
 """
 
+import functools
 import json
 import math
 from dataclasses import asdict, dataclass, replace
@@ -152,7 +153,7 @@ def load_decoder(folder, device="cpu"):
     """A decoder's folder -> (TinyDecoder in eval mode; its config). Raises SystemExit with one sentence if it cannot."""
 
     def build(config):
-        config["scaling_factor"], config["shift_factor"]
+        config["scaling_factor"], config["shift_factor"]  # without them it decodes no one's latents
         return TinyDecoder(DecoderConfig(**config["decoder"]))
 
     decoder, config = load_network(folder, build, "decoder", "Train one with decoder.py, or use assets/zoo/decoder", device)
@@ -276,20 +277,17 @@ def train(args, cfg=None):
     autoencoder = FrozenAutoencoder(args.vae, run.device)
     pictures, validation = open_pictures(args)
     cfg = replace(cfg or PRESETS[args.size], latent_channels=autoencoder.latent_channels)
-    decoder, ema, discriminator = (
-        net.to(run.device, memory_format=torch.channels_last) for net in (TinyDecoder(cfg), TinyDecoder(cfg), Discriminator())
-    )
+    networks = TinyDecoder(cfg), TinyDecoder(cfg), Discriminator(), Perceptual(args.perceptual)
+    decoder, ema, discriminator, perceptual = (net.to(run.device, memory_format=torch.channels_last) for net in networks)
     if args.init:
         load_weights(decoder, load_decoder(args.init)[0].state_dict(), args.init)
     ema.load_state_dict(decoder.state_dict())
     ema.requires_grad_(False).eval()
-    perceptual = Perceptual(args.perceptual).to(run.device, memory_format=torch.channels_last)
     # Betas and rates [A]. The discriminator forgets fast (beta1 = 0.5), since what it looks at changes all the time, and learns at
     # a tenth of the decoder's rate: at the same rate its answers swung, together for real and restored, and said nothing.
-    of_decoder = [torch.optim.AdamW(decoder.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
-    of_discriminator = [
-        torch.optim.AdamW(discriminator.parameters(), lr=args.lr / 10, betas=(0.5, 0.9), weight_decay=0.0, fused=True)
-    ]
+    adamw = functools.partial(torch.optim.AdamW, weight_decay=0.0, fused=True)
+    of_decoder = [adamw(decoder.parameters(), lr=args.lr, betas=(0.9, 0.99))]
+    of_discriminator = [adamw(discriminator.parameters(), lr=args.lr / 10, betas=(0.5, 0.9))]
     run.config |= {"encoders": args.vae, "scaling_factor": autoencoder.scaling_factor, "shift_factor": autoencoder.shift_factor}
     run.keep([*of_decoder, *of_discriminator], {"pictures": pictures.name, "vae": autoencoder.fingerprint("vae"),
              "shape": json.loads(json.dumps(asdict(cfg)))}, model=decoder, ema=ema, discriminator=discriminator)  # fmt: skip
@@ -363,7 +361,7 @@ def make_parser(doc=__doc__, example="python decoder.py --steps 1000 --out runs/
 
 
 def finish(args):
-    """Fill in what depends on --size and --steps."""
+    """What depends on --size and --steps."""
     args.resolution = args.resolution or {"tiny": SIDE, "sd3": 512}[args.size]
     args.patch = args.patch or {"tiny": 48, "sd3": 256}[args.size]
     args.gan_start = args.steps // 2 if args.gan_start is None else args.gan_start

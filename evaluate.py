@@ -31,9 +31,9 @@ from common.arguments import integer
 from common.benchmarks import write_folder
 from common.checkpoint import check_encoders, load_student, save_atomically, save_json
 from common.device import describe_machine, pick_device
-from common.distances import FEATURES, fid_and_kid, kid, picture_features
+from common.distances import FEATURES, diversity, fid_and_kid, kid, picture_features
 from common.encoders import FrozenEncoders
-from common.pictures import CaptionedFolder, to_tensor
+from common.pictures import CaptionedFolder
 from common.shapes import COLORS, FAMILIES, SHAPES, SIDE, ShapesWorld, family_of, parse_caption, shape_outline
 from decoder import Perceptual
 from sample import draw_pictures, pick_decoder
@@ -103,10 +103,8 @@ def detect(picture):
         if not len(rows):
             continue
         top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-        crop = Image.fromarray((mask[top:bottom, left:right] * 255).astype(np.uint8)).resize(
-            (32, 32), Image.Resampling.BILINEAR
-        )
-        crop = np.asarray(crop) > 127
+        crop = Image.fromarray((mask[top:bottom, left:right] * 255).astype(np.uint8))
+        crop = np.asarray(crop.resize((32, 32), Image.Resampling.BILINEAR)) > 127
         overlaps = {shape: (crop & t).sum() / (crop | t).sum() for shape, t in TEMPLATES.items()}
         shape = max(overlaps, key=overlaps.get)
         width, height = (right - left) / 4, (bottom - top) / 4
@@ -216,27 +214,9 @@ def table(result, title):
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Beside the score: do the pictures look like the world's, and do they differ from each other? A model may draw the same
-# good circle every time; mini-GenEval would not notice.
-
-
-@torch.no_grad()
-def variety(draw, per_family, device, perceptual, seeds=8):
-    """Mean perceptual distance between pictures of one prompt from `seeds` seeds, over per_family prompts of every family."""
-    prompts = prompts_of("val", per_family, 2)
-    pictures = draw([prompt for prompt in prompts for _ in range(seeds)], 2)
-    distances = []
-    for start in range(0, len(pictures), seeds):
-        x = to_tensor(pictures[start : start + seeds]).to(device)
-        first, second = torch.triu_indices(seeds, seeds, 1)
-        distances.append(perceptual(x[first], x[second]).mean().item())
-    return float(np.mean(distances))
-
-
 def likeness(pictures, draw, args, device):
-    """{"kid", "kid_of_real", "diversity"}: KID of the drawn pictures to the world's own of the same prompts, beside that of
-    as many other pictures of the world, and how much pictures of one prompt differ."""
+    """{"kid", "kid_of_real", "diversity"}: do they look like the world's pictures, and differ from each other? A model that drew
+    one good circle every time would have the best score: KID and diversity notice. `kid_of_real` is that of another draw."""
     perceptual = Perceptual("effnet").to(device)
 
     def world(seed):
@@ -244,7 +224,8 @@ def likeness(pictures, draw, args, device):
 
     sets = (world(args.seed), world(args.seed + 1), pictures)
     real, other, drawn = (picture_features(p, perceptual.net, device) for p in sets)
-    return {"kid": kid(drawn, real), "kid_of_real": kid(other, real), "diversity": variety(draw, 3, device, perceptual)}
+    spread = diversity(draw, prompts_of("val", 3, 2), perceptual, device)
+    return {"kid": kid(drawn, real), "kid_of_real": kid(other, real), "diversity": spread}
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -351,11 +332,9 @@ def main(argv=None):
     if "novel" in report:
         text += "\n\n" + table(report["novel"], "novel: color-shape pairs that never occur in training")
     if args.kid:
-        text += (
-            "\n\nKID to the world's own pictures: {kid:.4f} (another draw of the world: {kid_of_real:.4f}); diversity, the mean "
-            "perceptual distance between 8 pictures of one prompt: {diversity:.3f}\n".format(**report["likeness"])
-            + f"features: {FEATURES}"
-        )
+        text += ("\n\nKID to the world's own pictures: {kid:.4f} (another draw of the world: {kid_of_real:.4f}); diversity, the "
+                 "mean perceptual distance between 8 pictures of one prompt: {diversity:.3f}\nfeatures: {features}"
+                 .format(**report["likeness"], features=FEATURES))  # fmt: skip
     print("\n" + text)
     if args.out:
         save_atomically(lambda p: p.write_text(text + "\n"), Path(args.out) / "table.txt")

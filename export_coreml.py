@@ -32,14 +32,14 @@ import flow
 from common.arguments import Parser, integer
 from common.checkpoint import check_encoders, latest, load_student, save_atomically, save_json
 from common.device import describe_machine
-from common.encoders import GEMMA_TOKENS, FrozenAutoencoder, FrozenEncoders, hash_folders
+from common.encoders import GEMMA_TOKENS, FrozenAutoencoder, FrozenEncoders
 from common.figures import captioned_grid
 from common.seeds import rng
 from coreml import mil_interpreter as mil
 from coreml.compress import compress
 from coreml.layers import PhoneDecoder, PhoneText, PhoneUNet
 from coreml.mil_interpreter import ct  # coremltools, with its warnings about this machine silenced
-from coreml.package import clear_errors, function_name, join, save_package, size_of
+from coreml.package import check_company, clear_errors, function_name, join, save_package, settings_of, size_of
 from coreml.pipeline import PARTS, Packages
 from coreml.verify import FLOAT16_BAR, check, on_this_mac
 from decoder import PRESETS as DECODERS
@@ -295,24 +295,6 @@ def draw_and_score(args):
         return None
     prompts = prompts_of("val", args.score, 0)
     return score(packages.draw(prompts, range(len(prompts))), prompts)
-
-
-def settings_of(name, args, encoders):
-    """What an exported part depends on: its weights, by their hash, and the flags."""
-    texts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    folder = {"unet": args.model, "decoder": args.decoder}.get(name)
-    weights = args.random or (hash_folders([folder]) if folder else encoders.fingerprint(*texts))
-    return {"weights": weights, **{flag: getattr(args, flag) for flag in ("latent", "batch", "nbits", "layout", "target")}}
-
-
-def check_company(name, recorded, settings, args):
-    """pipeline.json speaks for all parts in the folder: they must have been exported for the same sizes and student."""
-    for other, part in recorded.items():
-        if other != name and any(part["settings"][flag] != settings[flag] for flag in ("latent", "batch")):
-            raise SystemExit(f"{args.out} holds a {other} for another --latent or --batch: give the same, or another --out.")
-    theirs = recorded.get("unet", {}).get("settings", {}).get("weights")
-    if name != "unet" and not args.random and theirs not in (None, hash_folders([args.model])):
-        raise SystemExit(f"{args.out} holds the UNet of another student than {args.model}: give its --model, or another --out.")
 
 
 def print_table(report, args, about):

@@ -76,9 +76,7 @@ LADDER = {
 }  # fmt: skip
 
 PRESETS = {
-    "tiny": UNetConfig(
-        channels=(32, 96, 160), depth=(1, 1, 1), mid_depth=1, head_dim=32, groups=16, text_dim=160, time_dim=256
-    ),
+    "tiny": UNetConfig((32, 96, 160), (1, 1, 1), mid_depth=1, head_dim=32, groups=16, text_dim=160, time_dim=256),
     "imagenet": UNetConfig(),
     "t2i": UNetConfig(text_dim=2304),
 }
@@ -106,18 +104,12 @@ def ladder(step, base=None):
 # Convolutions
 
 
-class SeparableConv(nn.Sequential):
-    """Fig. 2 (c): a 3x3 convolution in each channel, then a 1x1 convolution across channels."""
-
-    def __init__(self, c_in, c_out, stride=1):
-        super().__init__(
-            nn.Conv2d(c_in, c_in, 3, stride, padding=1, groups=c_in, bias=False),  # depthwise
-            nn.Conv2d(c_in, c_out, 1),  # pointwise
-        )
-
-
 def conv3x3(cfg, c_in, c_out, stride=1):
-    return SeparableConv(c_in, c_out, stride) if cfg.separable else nn.Conv2d(c_in, c_out, 3, stride, padding=1)
+    """Fig. 2 (c): a 3x3 convolution; separable, as one in each channel (depthwise) and a 1x1 across channels (pointwise)."""
+    if not cfg.separable:
+        return nn.Conv2d(c_in, c_out, 3, stride, padding=1)
+    depthwise = nn.Conv2d(c_in, c_in, 3, stride, padding=1, groups=c_in, bias=False)
+    return nn.Sequential(depthwise, nn.Conv2d(c_in, c_out, 1))
 
 
 class ResBlock(nn.Module):
@@ -339,9 +331,7 @@ class UNet(nn.Module):
         self.cfg = cfg
         channels, last = cfg.channels, len(cfg.channels) - 1
         self.conv_in = conv3x3(cfg, cfg.latent_channels, channels[0])
-        self.time_mlp = nn.Sequential(
-            nn.Linear(channels[0], cfg.time_dim), nn.SiLU(), nn.Linear(cfg.time_dim, cfg.time_dim)
-        )
+        self.time_mlp = nn.Sequential(nn.Linear(channels[0], cfg.time_dim), nn.SiLU(), nn.Linear(cfg.time_dim, cfg.time_dim))
         self.down, skips, width = nn.ModuleList(), [channels[0]], channels[0]
         for stage, c in enumerate(channels):
             layers = [Layer(cfg, stage, width if i == 0 else c, c) for i in range(cfg.layers)]
@@ -368,9 +358,8 @@ class UNet(nn.Module):
     def forward(self, x_t, t, text, mask=None, feature=None):
         step = 2 ** (len(self.cfg.channels) - 1)
         if x_t.shape[1] != self.cfg.latent_channels or x_t.shape[2] % step or x_t.shape[3] % step:
-            raise ValueError(f"latents must be (B, {self.cfg.latent_channels}, H, W) with H and W multiples of {step}, "
-                             f"got {tuple(x_t.shape)}")  # fmt: skip
-        kept = []  # the output of the layer that `feature` names
+            raise ValueError(f"x_t must be (B, {self.cfg.latent_channels}, H, W), H and W multiples of {step}, not {[*x_t.shape]}")
+        again, kept = self.checkpointing and torch.is_grad_enabled(), []  # the output of the layer that `feature` names
 
         def run(name, layer, *inputs):
             out = checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs)
@@ -378,7 +367,6 @@ class UNet(nn.Module):
                 kept.append(out)
             return out
 
-        again = self.checkpointing and torch.is_grad_enabled()
         time = self.time_mlp(timestep_embedding(t, self.cfg.channels[0]).to(x_t.dtype))  # (B, time_dim)
         if mask is not None:
             mask = mask[:, None, None, :]  # (B, 1, 1, T): the same for every head and pixel
@@ -431,22 +419,19 @@ TABLE_1 = (("LDM-4", 400, 104, 3.60), ("U-ViT-L", 287, 77, 3.40), ("U-ViT-H", 50
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Parameters and MACs of the ladder and presets, beside the paper's.")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
-    args = parser.parse_args(argv)
 
     def measure(cfg):
         return {"params": count(cfg, 32)[0], "macs_32": count(cfg, 32)[1], "macs_128": count(cfg, 128)[1]}
 
     rows = [{"step": step, **measure(ladder(step))} for step in LADDER]
     presets = {name: measure(cfg) for name, cfg in PRESETS.items()}
-    if args.json:
-        print(json.dumps({"ladder": rows, "presets": presets}))
-        return
+    if parser.parse_args(argv).json:
+        return print(json.dumps({"ladder": rows, "presets": presets}))
     print("The ladder of Fig. 2 and 3: text width 768, 77 tokens, time embedding 1024, mid depth 4 [A]. MACs of one forward.")
     print("step   params M  GMACs 32x32  GMACs 128x128   params    MACs   the paper says")
     by_step = {row["step"]: row for row in rows}
     for before, row in zip([None, *rows], rows, strict=False):
-        # The paper compares c as a whole with b; c1 is the step that Fig. 3 calls the plain separable convolution.
-        before = by_step["b"] if row["step"] == "c2" else before
+        before = by_step["b"] if row["step"] == "c2" else before  # the paper compares c as a whole with b
         change = [f"{100 * (row[k] / before[k] - 1):+.1f} %" for k in ("params", "macs_128")] if before else ["", ""]
         print(f"{row['step']:5}{row['params'] / 1e6:10.1f}{row['macs_32'] / 1e9:13.1f}{row['macs_128'] / 1e9:15.0f}"
               f"{change[0]:>9}{change[1]:>8}   {PAPER_LADDER[row['step']]}")  # fmt: skip

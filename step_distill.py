@@ -30,7 +30,6 @@ solve of the many-step teacher from x_t: the same kind of answer, for up to 16 f
 the README. [A] besides: D's noise level is logit-normal and not shifted; R1; both learning rates; no caption is dropped.
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -240,9 +239,8 @@ def train(args):
                    "sampling": {"steps": args.for_steps, "guidance": 1.0, "shift": shift,
                                 "times": [round(float(t), 6) for t in times] + [0.0]}}  # fmt: skip
     # D looks through the few-step teacher if there is one, else through the many-step teacher [A].
-    args.layers = args.layers or spread_layers(args.turbo or args.teacher)
     teacher = Teacher(args.turbo or args.teacher, data, run.device, run.half, layers=args.layers)
-    turbo = teacher if args.turbo else None
+    turbo, args.layers = teacher if args.turbo else None, list(teacher.layers)
     discriminator, ratio = Discriminator(teacher).to(run.device), RunningRatio().to(run.device)
     of_student = make_optimizers(student, args.lr, args.optimizer)
     # beta1 [A]: D forgets fast, since what it looks at changes all the time
@@ -303,13 +301,6 @@ def train(args):
             run.save(ema, plot=lambda table, out: plot(table, out, answers),
                      measure=lambda: few_step_scores(ema, run.config, encoders, args.watch) if scored else {},
                      samples=lambda: draw_pictures(ema, run.config, encoders, prompts, range(len(prompts))))  # fmt: skip
-
-
-def spread_layers(folder):
-    """Blocks at a quarter, a half and the end of the transformer in an SD3 folder: layout, objects, detail."""
-    path = Path(folder) / "transformer" / "config.json"
-    n = json.loads(path.read_text())["num_layers"] if path.is_file() else 0  # Teacher says what is wrong
-    return [n // 4, n // 2, n - 1]
 
 
 def few_step_scores(model, config, encoders, per_family, seed=1):

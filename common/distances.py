@@ -51,6 +51,17 @@ def kid(a, b):
     return (within[0] + within[1] - 2 * kernel(a, b).mean()).item()
 
 
+@torch.no_grad()
+def diversity(draw, prompts, perceptual, device, seeds=8):
+    """Mean perceptual distance between pictures of one prompt from `seeds` seeds. draw(prompts, seed) -> pictures (PIL)."""
+    pictures, distances = draw([prompt for prompt in prompts for _ in range(seeds)], 2), []
+    first, second = torch.triu_indices(seeds, seeds, 1)
+    for start in range(0, len(pictures), seeds):
+        x = to_tensor(pictures[start : start + seeds]).to(device)
+        distances.append(perceptual(x[first], x[second]).mean().item())
+    return float(np.mean(distances))
+
+
 def fid_and_kid(pictures, reference, inception, device):
     """{"fid", "kid"} of two folders of pictures, by torch-fidelity: the numbers of papers, from Inception's weights of 2015.
 

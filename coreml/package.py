@@ -1,16 +1,35 @@
-"""A package on the disk: written beside its place and renamed, its size, and several latent sizes in one."""
+"""A package on the disk: what it depends on, written beside its place and renamed, its size, several latent sizes in one."""
 
 import contextlib
 import errno
 import os
 import shutil
 
+from common.encoders import hash_folders
 from coreml.mil_interpreter import ct
 
 
 def function_name(size, sizes):
     """Of a package's function for a latent of this side: a package for one size has only one."""
     return "main" if len(sizes) == 1 or not size else f"latent{size}"
+
+
+def settings_of(name, args, encoders):
+    """What an exported part depends on: its weights, by their hash, and the flags."""
+    texts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    folder = {"unet": args.model, "decoder": args.decoder}.get(name)
+    weights = args.random or (hash_folders([folder]) if folder else encoders.fingerprint(*texts))
+    return {"weights": weights, **{flag: getattr(args, flag) for flag in ("latent", "batch", "nbits", "layout", "target")}}
+
+
+def check_company(name, recorded, settings, args):
+    """pipeline.json speaks for all parts in the folder: they must have been exported for the same sizes and student."""
+    for other, part in recorded.items():
+        if other != name and any(part["settings"][flag] != settings[flag] for flag in ("latent", "batch")):
+            raise SystemExit(f"{args.out} holds a {other} for another --latent or --batch: give the same, or another --out.")
+    theirs = recorded.get("unet", {}).get("settings", {}).get("weights")
+    if name != "unet" and not args.random and theirs not in (None, hash_folders([args.model])):
+        raise SystemExit(f"{args.out} holds the UNet of another student than {args.model}: give its --model, or another --out.")
 
 
 def save_package(package, path):

@@ -13,9 +13,9 @@ from model import (
     PRESETS,
     Attention,
     RMSNorm,
-    SeparableConv,
     UNet,
     UNetConfig,
+    conv3x3,
     count,
     ladder,
     rope_table,
@@ -221,7 +221,7 @@ def test_rope_of_a_larger_grid_continues_the_smaller():
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_separable_conv_is_a_grouped_conv_then_a_matrix(stride):
-    conv = SeparableConv(6, 10, stride)
+    conv = conv3x3(small(), 6, 10, stride)
     x = torch.randn(2, 6, 8, 8)
     h = F.conv2d(x, conv[0].weight, stride=stride, padding=1, groups=6)
     expected = torch.einsum("oi,bihw->bohw", conv[1].weight[:, :, 0, 0], h) + conv[1].bias[None, :, None, None]
