@@ -8,6 +8,7 @@
 import argparse
 import json
 import multiprocessing
+import os
 import resource
 import statistics
 import sys
@@ -78,10 +79,11 @@ def build(name):
     return vae.decoder
 
 
-def measure(name, side, batch, rounds, pipe):
+def measure(name, side, batch, rounds, threads, pipe):
     """In a process of its own: median seconds, peak memory (bytes) and shares of the time by operation, sent through `pipe`."""
     torch.manual_seed(0)
     pick_device("cpu")  # and its settings
+    torch.set_num_threads(threads)
     before = resident_peak()
     net = build(name).eval().to(memory_format=torch.channels_last)  # faster for both, and saves copies
     latents = torch.randn(batch, 4 if name == "SDXL" else 16, side, side).contiguous(memory_format=torch.channels_last)
@@ -113,11 +115,12 @@ def resident_peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def run_alone(name, side, batch=1, rounds=1):
+def run_alone(name, side, batch, rounds, threads):
     """measure() of a decoder in a fresh process: (seconds, peak bytes, shares of the time)."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would tell when it starts and stops
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=measure, args=(name, side, batch, rounds, sender))
+    process = context.Process(target=measure, args=(name, side, batch, rounds, threads, sender))
     process.start()
     sender.close()
     try:
@@ -129,21 +132,25 @@ def run_alone(name, side, batch=1, rounds=1):
 
 
 def costs(args):
-    """Time and memory of our decoder beside the teacher's: one and 16 pictures of 64 pixels, one of 1024; then Table 2."""
-    ours, factor, rows = latest("decoder"), FrozenAutoencoder(args.vae).factor, []
-    for theirs, mine, side, batch, rounds in (
-        (args.vae, ours, 8, 1, 31), (args.vae, ours, 8, 16, 11), ("SD3", "SnapGen", args.latent, 1, 1),
+    """Time and memory of our decoder beside the teacher's: one and 16 pictures of 64 pixels, one of 1024; then Table 2.
+
+    Pictures of 64 pixels are decoded by one thread: their layers take microseconds, and threads would wait for each other.
+    """
+    ours, factor, all_threads, rows = latest("decoder"), FrozenAutoencoder(args.vae).factor, torch.get_num_threads(), []
+    for theirs, mine, side, batch, rounds, threads in (
+        (args.vae, ours, 8, 1, 31, 1), (args.vae, ours, 8, 16, 11, 1), ("SD3", "SnapGen", args.latent, 1, 1, all_threads),
     ):  # fmt: skip
-        found = [run_alone(name, side, batch, rounds) for name in (theirs, mine)]
+        found = [run_alone(name, side, batch, rounds, threads) for name in (theirs, mine)]
         pair = [dict(zip(("seconds", "peak_bytes", "spent"), values, strict=True)) for values in found]
-        rows.append({"names": [theirs, mine], "pixels": factor * side, "batch": batch, "theirs": pair[0], "ours": pair[1]})
+        rows.append({"names": [theirs, mine], "pixels": factor * side, "batch": batch, "threads": threads,
+                     "theirs": pair[0], "ours": pair[1]})  # fmt: skip
     print(f"Time and memory on {describe_machine(torch.device('cpu'))}, float32, channels_last, each in a process of its own:")
-    print(f"{'pixels':>6}{'batch':>7}   {'teacher, seconds':24}{'ours, seconds':26}{'faster':>8}{'peak GB':>9}{'ours':>7}")
+    print(f"pixels batch threads   {'teacher, seconds':24}{'ours, seconds':26}  faster peak GB    ours")
     for row in rows:
         (a, b), theirs, ours = row["names"], row["theirs"], row["ours"]
         seconds = [f"{side['seconds']:.4f} {name}" for side, name in ((theirs, a), (ours, b))]
         peaks = "".join(f"{side['peak_bytes'] / 1e9:8.3f}" for side in (theirs, ours))
-        print(f"{row['pixels']:6}{row['batch']:7}   {seconds[0]:24}{seconds[1]:26}"
+        print(f"{row['pixels']:6}{row['batch']:6}{row['threads']:8}   {seconds[0]:24}{seconds[1]:26}"
               f"{theirs['seconds'] / ours['seconds']:7.1f}x{peaks}")  # fmt: skip
     for row in rows[-1:]:
         for name, side in zip(row["names"], ("theirs", "ours"), strict=True):

@@ -13,7 +13,6 @@ reaches here in the training's precision, and what the maker says where we know 
 
 import argparse
 import json
-import math
 import time
 
 import diffusers
@@ -224,11 +223,12 @@ def bench_stages(args, device, cfg, side, peak):
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             seconds = median_seconds(step, device, args.rounds)
-            memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else math.nan
+            memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
+            space = f"{memory:8.1f} GB" if memory else ""  # only a GPU counts it
             flops = counter.total
             rows.append({"stage": stage, "mode": mode, "pictures_per_second": args.batch / seconds, "memory_gb": memory,
                          "tflops_per_step": flops / 1e12, "share_of_peak": flops / seconds / peak})  # fmt: skip
-            print(f"stage {stage}, {mode:14}{args.batch / seconds:10.2f} pictures/s{seconds:9.3f} s a step{memory:8.1f} GB"
+            print(f"stage {stage}, {mode:14}{args.batch / seconds:10.2f} pictures/s{seconds:9.3f} s a step{space}"
                   f"{flops / 1e12:9.2f} TFLOP a step{100 * rows[-1]['share_of_peak']:7.1f} % of the peak")  # fmt: skip
             del step, model, teacher
     return rows

@@ -230,8 +230,9 @@ def test_time_and_memory_are_measured(tmp_path, capsys, monkeypatch):
 
     def in_this_process(name, *size):
         """For the class scale: a process of its own takes seconds to start, and two show what there is to show."""
-        sent = []
+        sent, threads = [], torch.get_num_threads()
         study.measure(name, *size, type("Pipe", (), {"send": sent.append}))
+        torch.set_num_threads(threads)
         return sent[0]
 
     monkeypatch.setattr(study, "run_alone", lambda name, *size: (alone if name in study.TABLE_2 else in_this_process)(name, *size))
