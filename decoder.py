@@ -17,8 +17,11 @@ that the latent space stays the teacher's, and trains another decoder for it, wi
 
 Table 2, quality beside the teacher's decoder and the ablation: studies/decoder.py.
 
-Losses [P]: MSE, LPIPS and an adversarial loss; no KL, since the encoder is frozen and the latents are given. The weights of
-the three, the discriminator, and widths and blocks (the simplest that meet Table 2) are our assumptions [A].
+    L   = || x' - x ||^2 + 0.002 LPIPS(x', x) + 0.05 w L_adv      x' = decoder(z)                            [P], weights [A]
+    L_adv = - E[ D(x') ],  w = |grad (the other two)| / |grad L_adv| at the last layer                                 [A]
+    L_D = E[ max(0, 1 - D(x)) ] + E[ max(0, 1 + D(x')) ]                                                               [A]
+
+No KL: the encoder is frozen, the latents are given. The discriminator D, widths and blocks (the simplest that meet Table 2): [A].
 """
 
 import functools
@@ -220,7 +223,7 @@ class Perceptual(nn.Module):
 
 
 class Discriminator(nn.Sequential):
-    """PatchGAN (arXiv 1611.07004): pictures (B, 3, H, W) -> real or restored, for each patch of 34 pixels, (B, 1, h, w)."""
+    """PatchGAN (arXiv 1611.07004): pictures (B, 3, H, W) -> real or reconstructed, for each patch of 34 pixels, (B, 1, h, w)."""
 
     def __init__(self, width=32):
         super().__init__(
@@ -231,11 +234,11 @@ class Discriminator(nn.Sequential):
         )  # fmt: skip
 
 
-def adaptive_weight(restoring, fooling, weight):
+def adaptive_weight(loss, loss_adv, weight):
     """How much the adversarial loss may count: as VQGAN (arXiv 2012.09841) does, such that at the last layer its gradient
     is as long as the other losses' gradient. Without it one of the two always drowns the other."""
-    wanted, unruly = (torch.autograd.grad(loss, weight, retain_graph=True)[0].norm() for loss in (restoring, fooling))
-    return (wanted / (unruly + 1e-8)).clamp(max=1e4).detach()
+    length, length_adv = (torch.autograd.grad(some, weight, retain_graph=True)[0].norm() for some in (loss, loss_adv))
+    return (length / (length_adv + 1e-8)).clamp(max=1e4).detach()
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -284,12 +287,12 @@ def train(args, cfg=None):
     ema.load_state_dict(decoder.state_dict())
     ema.requires_grad_(False).eval()
     # Betas and rates [A]. The discriminator forgets fast (beta1 = 0.5), since what it looks at changes all the time, and learns at
-    # a tenth of the decoder's rate: at the same rate its answers swung, together for real and restored, and said nothing.
+    # a tenth of the decoder's rate: at the same rate its logits swung, together for real and reconstructed, and said nothing.
     adamw = functools.partial(torch.optim.AdamW, weight_decay=0.0, fused=True)
-    of_decoder = [adamw(decoder.parameters(), lr=args.lr, betas=(0.9, 0.99))]
-    of_discriminator = [adamw(discriminator.parameters(), lr=args.lr / 10, betas=(0.5, 0.9))]
+    decoder_optimizers = [adamw(decoder.parameters(), lr=args.lr, betas=(0.9, 0.99))]
+    discriminator_optimizers = [adamw(discriminator.parameters(), lr=args.lr / 10, betas=(0.5, 0.9))]
     run.config |= {"encoders": args.vae, "scaling_factor": autoencoder.scaling_factor, "shift_factor": autoencoder.shift_factor}
-    run.keep([*of_decoder, *of_discriminator], {"pictures": pictures.name, "vae": autoencoder.fingerprint("vae"),
+    run.keep([*decoder_optimizers, *discriminator_optimizers], {"pictures": pictures.name, "vae": autoencoder.fingerprint("vae"),
              "shape": json.loads(json.dumps(asdict(cfg)))}, model=decoder, ema=ema, discriminator=discriminator)  # fmt: skip
     held_out = to_tensor([validation[i][0] for i in range(min(len(validation), 64))]).to(run.device)
     held_out_latents = autoencoder.encode_pictures(held_out)
@@ -301,27 +304,27 @@ def train(args, cfg=None):
         # The decoder: near in pixels, near in features, and good enough to fool the discriminator.
         discriminator.requires_grad_(False)
         with autocast(run.device):
-            restored = decoder(latents).float()
-        mse, distance = F.mse_loss(restored, x), perceptual(restored, x).mean()
+            reconstructed = decoder(latents).float()
+        mse, distance = F.mse_loss(reconstructed, x), perceptual(reconstructed, x).mean()
         loss = mse + args.perceptual_weight * distance
         adversarial = args.gan_weight > 0 and step >= args.gan_start
         if adversarial:
-            fooling = -discriminator(restored).mean()
-            weight = args.gan_weight * adaptive_weight(loss, fooling, decoder.layers[-1].weight)
-            loss = loss + weight * fooling
+            loss_adv = -discriminator(reconstructed).mean()
+            weight = args.gan_weight * adaptive_weight(loss, loss_adv, decoder.layers[-1].weight)
+            loss = loss + weight * loss_adv
             run.log(gan_weight=weight)
         run.backward(loss)
         run.log(mse=mse, perceptual=distance)
-        run.step(of_decoder, decoder)
+        run.step(decoder_optimizers, decoder)
         update_ema(ema, decoder, step)
 
-        # The discriminator: real above 1, restored below -1 (hinge loss). `restored` is detached: the decoder learns nothing here.
+        # The discriminator: real above 1, reconstructed below -1 (hinge loss). Detached: the decoder learns nothing here.
         if adversarial:
             discriminator.requires_grad_(True)
-            on_real, on_restored = discriminator(x), discriminator(restored.detach())
-            run.backward(F.relu(1 - on_real).mean() + F.relu(1 + on_restored).mean())
-            run.log(d_real=on_real, d_restored=on_restored)
-            run.step(of_discriminator, discriminator, clip=math.inf, name="grad_norm_d")
+            on_real, on_fake = discriminator(x), discriminator(reconstructed.detach())
+            run.backward(F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean())
+            run.log(d_real=on_real, d_fake=on_fake)
+            run.step(discriminator_optimizers, discriminator, clip=math.inf, name="grad_norm_d")
 
         if run.due():
             save_atomically(side_by_side(validation, autoencoder, ema, run.device, count=6).save, run.out / "compare.png")
@@ -332,7 +335,7 @@ def train(args, cfg=None):
 def plot(table, out):
     """loss.png: MSE and perceptual distance, what the discriminator says, and the validation PSNR of the EMA."""
     curves(table, out / "loss.png", ("losses", {"mse": "mse", "perceptual": "perceptual"}, "log"),
-           ("the discriminator: apart, and not far beyond 1 and -1", {"real": "d_real", "restored": "d_restored"}, "linear"),
+           ("the discriminator: apart, and not far beyond 1 and -1", {"real": "d_real", "fake": "d_fake"}, "linear"),
            ("validation PSNR, dB", {"EMA": "val_psnr"}, "linear"))  # fmt: skip
 
 
@@ -351,8 +354,8 @@ def make_parser(doc=__doc__, example="python decoder.py --steps 1000 --out runs/
     p.add_argument("--lr", type=real(0), default=2e-3, help="the decoder's after the warm-up; the discriminator's is a tenth")
     p.add_argument("--seed", type=integer(0), default=0, help="of weights, pictures and crops")
     p.add_argument("--perceptual", choices=("effnet", "lpips"), default="effnet", help="whose features: see class Perceptual")
-    # Weights [A]. MSE counts 1. At 36 dB, where class scale ends, it is 0.001 (the peak is 2) and the perceptual distance 0.5,
-    # so 0.002 makes them equals. The adversarial gradient is a twentieth of both: it sharpens, and PSNR pays for sharpness.
+    # Weights [A]. MSE counts 1. At the quality of the teacher's decoder, 36 dB, it is 0.001 (the peak is 2) and the perceptual
+    # distance 0.5, so 0.002 makes them equals there. The adversarial gradient is a twentieth of both: it sharpens, and PSNR pays.
     p.add_argument("--perceptual-weight", type=real(0), default=0.002, help="of the perceptual distance; the MSE's is 1")
     p.add_argument("--gan-weight", type=real(0), default=0.05, help="of the adversarial loss, times the adaptive weight; 0: none")
     p.add_argument("--gan-start", type=integer(0), metavar="STEP", help="adversarial loss from here on; default: half-way")

@@ -3,7 +3,7 @@
 The student UNet goes on learning, now from the data and from a frozen MMDiT of another architecture, at three levels:
 
     L_task = || v_theta(x_t, t, c) - (eps - x_0) ||^2           stage 1's loss: the data's own velocity            [S]
-    L_kd   = || v_T(x_t, t, c) - v_theta(x_t, t, c) ||^2        output: the teacher's velocity, free of the noise  [S]
+    L_kd   = || v_T(x_t, t, c) - v_theta(x_t, t, c) ||^2        output ("out"): the teacher's velocity, noise-free [S]
     L_feat = || f_T - phi(f_theta) ||^2                         features: of the last transformer layers           [S]
 
     L = S(L_task, L_kd) + S(L_task, L_feat)                                                                        [R]
@@ -18,7 +18,7 @@ a_t is the density of the logit-normal: the middle of the path learns from the d
 Comparisons, the ablation and Fig. 6 in small: studies/losses.py. Writes runs/distill, as stage 1 does; the projection head phi
 stays in train_state/ and is no part of the student.
 
-Sec. 3.3 was not at hand in the original: [S] and [R] as in the README. Our own assumptions [A]: a_t is 1 at its largest;
+Sec. 3.3 was not available to us in the original: [S] and [R] as in the README. Our own assumptions [A]: a_t is 1 at its largest;
 L^t is the loss of each picture at its own t; the features compared, the shape of phi, the fixed weights of --weighting linear.
 """
 
@@ -138,7 +138,7 @@ def train(args):
             run.log(loss=loss, **{f"ratio_{name}": losses["task"] / losses[name] for name in losses if name != "task"})
             run.log(t=part.t, **{f"loss_{name}": value for name, value in losses.items()})
         run.step(optimizers, *learners)
-        update_ema(ema, student, step)
+        update_ema(ema, student, step, args.ema)
         if run.due():
             run.save(ema, plot=plot, measure=lambda: {"val_loss": validate(ema, val, shift, run.device)},
                      samples=lambda: draw_pictures(ema, run.config, encoders, prompts, range(len(prompts))))  # fmt: skip
@@ -159,13 +159,13 @@ def make_parser(doc=__doc__, example="python distill.py --init runs/fm --steps 1
     # losses
     p.add_argument("--losses", choices=("task", "task+out", "task+out+feat"), default="task+out+feat", help="which levels")
     p.add_argument("--weighting", choices=("scaled", "linear"), default="scaled", help="timestep-aware, or fixed weights")
-    p.add_argument("--out-weight", type=real(0), default=1.0, help="of L_kd with --weighting linear")
-    p.add_argument("--feat-weight", type=real(0), default=0.04, help="of L_feat with --weighting linear")
-    p.add_argument("--student-layer", default="up.2.layers.2", help="whose output is f_theta: the last transformer's")
+    p.add_argument("--out-weight", type=real(0), default=1.0, help="weight of L_kd with --weighting linear")
+    p.add_argument("--feat-weight", type=real(0), default=0.04, help="weight of L_feat with --weighting linear")
+    p.add_argument("--student-layer", default="up.2.layers.2", help="UNet layer whose output is f_theta; default: the last")
     p.add_argument("--teacher-layer", type=integer(), default=-1, help="joint block whose picture tokens are f_T; -1 is the last")
-    p.add_argument("--teacher-guidance", type=real(0), default=1.0, help="distil the teacher's guided velocity instead; 1 = not")
+    p.add_argument("--teacher-guidance", type=real(0), default=1.0, help="guidance of the teacher's velocity; 1: none")
     arguments.add_data(p)
-    arguments.add_training(p, steps=2500, batch=64, lr=5e-4, seed="of phi, noise, timesteps and the data's order")
+    arguments.add_training(p, steps=2500, batch=64, lr=5e-4, seed="seed of phi, noise, timesteps and the data's order")
     arguments.add_run(p, out="runs/distill", save_every=500)
     return p
 

@@ -261,6 +261,8 @@ def draw_with_student(folder, device, args):
     model, config = load_student(folder, device)
     encoders = FrozenEncoders(args.teacher or config["encoders"], device, gemma=config.get("gemma"))
     check_encoders(config, encoders)
+    if args.guidance_interval:
+        config["sampling"]["guidance_interval"] = args.guidance_interval
     decoder = pick_decoder(args.decoder, encoders)
 
     def draw(prompts, seed):
@@ -275,7 +277,7 @@ def parse_arguments(argv=None):
     p.add_argument("target", metavar="DIR", nargs="?", help="a student, a diffusers SD3 pipeline, or pictures with captions")
     p.add_argument("--per-family", type=integer(1), default=100, help="prompts a family")
     arguments.add_sampling(p)
-    p.add_argument("--no-novel", action="store_true", help="leave the novel split out (it costs two thirds of the other)")
+    p.add_argument("--no-novel", action="store_true", help="leave the novel split out (it adds two thirds of the time)")
     p.add_argument("--teacher", metavar="DIR", help="SD3 folder with the encoders, if not the one in the student's config")
     p.add_argument("--seed", type=integer(0), default=0, help="of the prompts and the noise")
     p.add_argument("--kid", action="store_true", help="also print KID to the world's own pictures, and diversity")

@@ -1,8 +1,8 @@
 """The mathematics of flow matching on one page (Sec. 3.3).
 
 The paper trains with flow matching, "aligning with larger models like SD3 and SD3.5" (Sec. 1). The formulas are those
-of the team's later papers; the logit-normal is told by a review; the shift is SD3's, and our assumption here.
-Convention, the same everywhere in this project: t = 0 is data, t = 1 is noise.
+of the team's later papers; the logit-normal is from a review; the shift is SD3's, and our assumption here.
+Conventions, the same everywhere in this project: t = 0 is data, t = 1 is noise; || . ||^2 is a mean over elements.
 
     x_t = (1 - t) x_0 + t eps,   eps ~ N(0, I)          the straight line from data to noise
     v   = d x_t / d t = eps - x_0                       its velocity, the target of the network
@@ -36,11 +36,6 @@ def x0_from_velocity(x_t, v, t):
     return x_t - expand(t, x_t) * v
 
 
-def eps_from_velocity(x_t, v, t):
-    """eps = x_t + (1 - t) v: walk the line on to its end."""
-    return x_t + (1 - expand(t, x_t)) * v
-
-
 def shift_timesteps(t, shift):
     """t' = s t / (1 + (s - 1) t): more time at high noise, by s = 3 at 1024 px as in SD3 (their Sec. 5.3.2).
 
@@ -71,7 +66,7 @@ def guide(v_text, v_empty, scale):
 
 
 @torch.no_grad()
-def euler_sample(model, noise, text, empty, steps=28, guidance=3.0, shift=1.0, callback=None, times=None):
+def euler_sample(model, noise, text, empty, steps=28, guidance=3.0, shift=1.0, callback=None, times=None, interval=(0, 1)):
     """Integrate dx/dt = v_theta from noise (t = 1) to a latent (t = 0) with Euler steps: x_s = x_t + (s - t) v.
 
     Args:
@@ -81,20 +76,21 @@ def euler_sample(model, noise, text, empty, steps=28, guidance=3.0, shift=1.0, c
         guidance: 1 costs one forward a step; anything else two, in one batch of 2B.
         callback: called as callback(i, t, x_t, x0_estimate) before each step.
         times: the times to visit, from 1 to 0, in place of those that steps and shift give.
+        interval: guidance counts while t is within it (arXiv 2404.07724); outside, a step costs one forward. Table 1's FID was
+            drawn with guidance that varies over the timesteps; how, the paper does not tell.
 
     Returns the latents (B, C, H, W).
     """
     times = (sampling_timesteps(steps, shift) if times is None else torch.tensor(times)).to(noise.device)
-    x = noise
+    x, grid = noise, times.tolist()
     for i in range(len(times) - 1):
         t = times[i].expand(len(x))
-        if guidance == 1:
-            v = model(x, t, *text)
+        if guidance == 1 or not interval[0] <= grid[i] <= interval[1]:
+            v = model(x, t, *text).to(x.dtype)
         else:
             both = [torch.cat(pair) for pair in zip(text, empty, strict=True)]
-            v = guide(*model(torch.cat([x, x]), torch.cat([t, t]), *both).chunk(2), guidance)
-        v = v.to(x.dtype)
+            v = guide(*model(torch.cat([x, x]), torch.cat([t, t]), *both).to(x.dtype).chunk(2), guidance)
         if callback is not None:
-            callback(i, times[i].item(), x, x0_from_velocity(x, v, t))
+            callback(i, grid[i], x, x0_from_velocity(x, v, t))
         x = x + (times[i + 1] - times[i]) * v
     return x

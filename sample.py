@@ -13,6 +13,7 @@ on where it was stopped, runs on several GPUs by torchrun, and knows GenEval's, 
 """
 
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import flow
 from common import arguments, benchmarks, parallel
 from common.arguments import integer
 from common.checkpoint import check_encoders, load_student, save_atomically, save_json
-from common.device import pick_device
+from common.device import autocast, pick_device
 from common.encoders import FrozenEncoders, hash_folders
 from common.figures import captioned_grid
 from common.pictures import to_pictures
@@ -38,8 +39,8 @@ def draw_pictures(model, config, encoders, prompts, seeds, steps=None, guidance=
     """One picture (PIL) per prompt. `seeds` holds one integer a prompt: a picture depends on its prompt and seed alone.
 
     steps, guidance and shift default to the sampling settings in the student's config, with the very times if it names them
-    (stage 3 does); `decoder` (anything with decode_latents, such as decoder.TinyDecoder) to the encoders' own. `callback` is
-    passed on to flow.euler_sample.
+    (stage 3 does) and its interval of guidance; `decoder` (anything with decode_latents, such as decoder.TinyDecoder) to the
+    encoders' own. flow.euler_sample gets the `callback`, for the first `batch` prompts. On a GPU the UNet runs in bfloat16.
     """
     sampling = config["sampling"]
     times = sampling.get("times") if steps is None and shift is None else None
@@ -53,9 +54,17 @@ def draw_pictures(model, config, encoders, prompts, seeds, steps=None, guidance=
         some = prompts[start : start + batch]
         noise = torch.stack([torch.randn(shape, generator=rng(seed)) for seed in seeds[start : start + batch]]).to(device)
         text, empty = (encoders.student_text(captions, width) for captions in (some, [""] * len(some)))
-        latents = flow.euler_sample(model, noise, text, empty, steps, guidance, shift, callback, times)
-        pictures += to_pictures((decoder or encoders).decode_latents(latents))
+        with autocast(device):
+            latents = flow.euler_sample(model, noise, text, empty, steps, guidance, shift, None if start else callback, times,
+                                        sampling.get("guidance_interval", (0, 1)))  # fmt: skip
+        pictures += decode(decoder or encoders, latents)
     return pictures
+
+
+def decode(decoder, latents):
+    """Model latents (B, 16, h, w) -> pictures (PIL), in parts that fit in memory: 64 of 64 pixels, or one of 512 and more."""
+    at_once = max(1, 64**2 // math.prod(latents.shape[2:]))
+    return [picture for part in latents.split(at_once) for picture in to_pictures(decoder.decode_latents(part))]
 
 
 def pick_decoder(folder, encoders):
@@ -70,7 +79,7 @@ def pick_decoder(folder, encoders):
 def draw_files(model, config, encoders, args, decoder):
     """Draw every prompt of --prompts into --out, in the layout that common/benchmarks.py finds for it. What is there stays."""
     layout, pictures, names = benchmarks.plan(args.prompts, args.n, args.seed)
-    names_of_flags = "model prompts n steps guidance shift seed resolution decoder"
+    names_of_flags = "model prompts n steps guidance guidance_interval shift seed resolution decoder"
     settings = {name: getattr(args, name) for name in names_of_flags.split()}
     files = [Path(args.model) / name for name in ("model.safetensors", "config.json")]
     settings |= {"weights": hash_folders(files)}
@@ -103,7 +112,7 @@ def draw_files(model, config, encoders, args, decoder):
 
 def save_trajectory(steps, decoder, path):
     """The denoising as a film (.gif) or a strip: x_t and the predicted x_0 of [(t, x_t (1, C, h, w), x_0), ...]."""
-    noisy, clean = (to_pictures(decoder.decode_latents(torch.cat(xs))) for xs in zip(*((x, x0) for _, x, x0 in steps), strict=True))
+    noisy, clean = (decode(decoder, torch.cat(xs)) for xs in zip(*((x, x0) for _, x, x0 in steps), strict=True))
     if not path.lower().endswith(".gif"):
         save_atomically(captioned_grid([noisy, clean], ["x_t, from noise to picture", "predicted x_0"]).save, path)
         return
@@ -146,6 +155,8 @@ def main(argv=None):
     model, config = load_student(args.model, device)
     encoders = FrozenEncoders(args.teacher or config["encoders"], device, gemma=config.get("gemma"))
     check_encoders(config, encoders)
+    if args.guidance_interval:
+        config["sampling"]["guidance_interval"] = args.guidance_interval
     decoder = pick_decoder(args.decoder, encoders)
     if args.resolution:
         step = encoders.factor * 2 ** (len(model.cfg.channels) - 1)
@@ -168,7 +179,7 @@ def main(argv=None):
         rows = [pictures[i * args.n : (i + 1) * args.n] for i in range(len(prompts))]
         save_atomically(captioned_grid(rows, prompts, scale=2).save, args.out)
     if args.trajectory:
-        save_trajectory(seen[: len(seen) // -(-len(everything) // args.batch)], decoder, args.trajectory)  # the first batch
+        save_trajectory(seen, decoder, args.trajectory)
         print(f"wrote {args.trajectory}")
     print(f"wrote {args.out}")
 

@@ -1,7 +1,7 @@
 r"""Stage 3: adversarial step distillation, 28 guided steps become 4 or 8 without guidance (Sec. 3.4, Fig. 7).
 
-A velocity names the *average* of all pictures that may lie behind x_t. A short step corrects itself at the next one; a long step
-commits to the average, which is a blur. Here the student of stage 2 learns to name *one* good picture at each of a few times:
+A velocity points to the *average* of all pictures behind x_t. A short step corrects itself at the next one; a long step
+commits to the average, which is a blur. Here the student of stage 2 learns to predict *one* good picture at each of a few times:
 
     x_t  --student-->  v_theta  -->  x0' = x_t - t v_theta                          its picture, from each start time
 
@@ -10,10 +10,11 @@ commits to the average, which is a blur. Here the student of stage 2 learns to n
     L_task = || (eps - x_0) - v_theta ||^2     the data's velocity, as in stages 1 and 2
     L_adv  = - E[ D(renoise(x0')) ]            the discriminator D: an average is no picture, and does not pass              [R]
     L      = S(L_task, L_kd) + weight L_adv    S: timestep-aware scaling, as in stage 2                                      [R]
+             r L_kd + weight L_adv             on the student's own way from noise, where there is no x_0; r = L_task / L_kd [A]
 
     L_D    = E[max(0, 1 - D(renoise(x_0)))] + E[max(0, 1 + D(renoise(x0')))] + penalty R1       hinge loss                   [A]
 
-D wants answers above 1 for real latents and below -1 for predicted ones; beyond that it is sure enough, and learns nothing.
+D wants logits above 1 for real latents and below -1 for predicted ones; beyond that it is sure enough, and learns nothing.
 It is the frozen teacher, which sees both noised again to one random level with their caption (UFOGen, arXiv 2311.09257), and light
 heads on some of its blocks, all that learns (LADD, 2403.12015) [A]. R1 keeps its slope small, so that its advice stays smooth.
 
@@ -23,10 +24,10 @@ heads on some of its blocks, all that learns (LADD, 2403.12015) [A]. R1 keeps it
     python step_distill.py --size t2i --init runs/t2i-distill --teacher stable-diffusion-3.5-large \
         --turbo stable-diffusion-3.5-large-turbo --data DIR --lr 1e-5                       # the paper's
 
-The ablation and the comparison: studies/few_steps.py. Writes runs/step_distill, as stage 1 does, with gan.png for loss.png.
+The ablation and the comparison: studies/few_steps.py. Writes runs/step_distill, as stage 1 does, with gan.png instead of loss.png.
 
 The paper's few-step teacher is SD3.5-Large-Turbo: one forward a target (--turbo). Without one, the target is a short guided ODE
-solve of the many-step teacher from x_t: the same kind of answer, for up to 16 forwards. Sec. 3.4 was not at hand: [R], [A] as in
+solve of the many-step teacher from x_t: the same kind of answer, for up to 16 forwards. Sec. 3.4 was not available: [R], [A] as in
 the README. [A] besides: D's noise level is logit-normal and not shifted; R1; both learning rates; no caption is dropped.
 """
 
@@ -108,29 +109,29 @@ class Discriminator(nn.Module):
         """What the heads see: the blocks' features (B, D, h, w), scaled to deviation 1, since deep blocks have large ones."""
         return [F.group_norm(f, 1) for f in self.teacher(latents, t, ids)[1]]
 
-    def answers(self, features):
+    def logits(self, features):
         return torch.cat([head(f).flatten(1) for head, f in zip(self.heads, features, strict=True)], dim=1)
 
     def forward(self, latents, t, ids):
-        return self.answers(self.features(latents, t, ids))
+        return self.logits(self.features(latents, t, ids))
 
 
 def gradient_penalty(discriminator, features):
-    """(R1, answers): |d answer / d feature|^2 on real features, a mean over pictures and tokens (Mescheder 2018, here at the
+    """(R1, logits): |d answer / d feature|^2 on real features, a mean over pictures and tokens (Mescheder 2018, here at the
     heads' inputs). The features are detached: the slope is the heads' own."""
     features = [f.detach().requires_grad_() for f in features]
-    answers = discriminator.answers(features)
-    gradients = torch.autograd.grad(answers.sum(), features, create_graph=True)
-    return sum(g.square().sum(1).mean() for g in gradients), answers
+    logits = discriminator.logits(features)
+    gradients = torch.autograd.grad(logits.sum(), features, create_graph=True)
+    return sum(g.square().sum(1).mean() for g in gradients), logits
 
 
 def hinge(on_real, on_fake):
-    """D's loss: 0 when all real latents get 1 or more and all predicted ones -1 or less; 2 when it answers 0 to all."""
+    """D's loss: 0 when all real latents get 1 or more and all predicted ones -1 or less; 2 when it says 0 to all."""
     return F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Where the student is asked, and what it is told
+# Where the student learns, and from what
 
 
 class Points(NamedTuple):
@@ -153,7 +154,7 @@ class Points(NamedTuple):
 def draw_points(data, args, times, step, rows=slice(None)):
     """The Points of a step, from (seed, step) alone: noised real latents, and which rows walk_on_policy() is to replace.
 
-    Of the rows below t = 1 the share --on-policy. At t = 1 there is nothing to choose: x_t is noise, and any x_0 may lie behind it.
+    A share --on-policy of the rows below t = 1 is marked for that. At t = 1 there is no choice: x_t is noise, whatever x_0.
     """
     x_0, ids = data.batch(args.seed, step, args.batch, rows)
     g = rng(args.seed, step, 1)
@@ -196,14 +197,15 @@ class RunningRatio(nn.Module):
         self.register_buffer("value", torch.tensor(1.0))
         self.register_buffer("sums", torch.zeros(2), persistent=False)
 
-    def add(self, task, kd):
-        """Losses (n,) of real points of this step."""
-        self.sums += torch.stack([task.sum(), kd.sum()]).detach()
+    def add(self, task, kd, real):
+        """Losses (n,) of this step; those of real points (n,) bool count."""
+        self.sums += torch.stack([torch.where(real, loss, 0.0).sum() for loss in (task, kd)]).detach()
 
     def step(self, first):
-        """Into the mean with them; all ranks together. With --on-policy 1 a small batch may hold no real point."""
+        """Update the mean with this step's sums over all ranks, if it had real points and did not overflow."""
         task, kd = parallel.total(self.sums)
-        new = torch.where(kd > 0, task / kd.clamp(min=1e-30), self.value)
+        new = task / kd.clamp(min=1e-30)
+        new = torch.where((kd > 0) & torch.isfinite(new), new, self.value)
         self.value.lerp_(new, 1.0 if first else 0.05)
         self.sums.zero_()
 
@@ -241,15 +243,19 @@ def train(args):
     # D looks through the few-step teacher if there is one, else through the many-step teacher [A].
     teacher = Teacher(args.turbo or args.teacher, data, run.device, run.half, layers=args.layers)
     turbo, args.layers = teacher if args.turbo else None, list(teacher.layers)
+    if args.compile:
+        teacher.compile()
+    if args.checkpointing:  # the student's gradient runs through all of its blocks
+        teacher.net.enable_gradient_checkpointing()
     discriminator, ratio = Discriminator(teacher).to(run.device), RunningRatio().to(run.device)
-    of_student = make_optimizers(student, args.lr, args.optimizer)
-    # beta1 [A]: D forgets fast, since what it looks at changes all the time
-    of_heads = [torch.optim.AdamW(discriminator.parameters(), lr=args.heads_lr, betas=(0.5, 0.99), weight_decay=0.0, fused=True)]
+    student_optimizers = make_optimizers(student, args.lr, args.optimizer)
+    betas = (0.5, 0.99)  # [A]: D forgets fast, since what it looks at changes all the time
+    head_optimizers = [torch.optim.AdamW(discriminator.parameters(), lr=args.heads_lr, betas=betas, weight_decay=0.0, fused=True)]
     weights = {"teacher": encoders.fingerprint(*encoders.parts, "transformer")}
     weights |= {"turbo_weights": hash_folders([Path(args.turbo) / "transformer"])} if args.turbo else {}
-    run.keep([*of_student, *of_heads], {"pictures": data.name, **weights},
+    run.keep([*student_optimizers, *head_optimizers], {"pictures": data.name, **weights},
              model=student, ema=ema, discriminator=discriminator, ratio=ratio)  # fmt: skip
-    forward, answers, scored = run.wrap(student), {}, args.watch and not args.data
+    forward, logits, scored, adversarial = run.wrap(student), {}, args.watch and not args.data, "adv" in args.losses
 
     def renoised(x, part):
         """What D is asked about. Real and predicted latents get the same noise: nothing else tells them apart."""
@@ -260,19 +266,19 @@ def train(args):
 
         # First D. The student's pictures come without a graph: nothing here may reach the student.
         discriminator.requires_grad_(True)
-        for part in run.parts(points) if "adv" in args.losses else ():
+        for part in run.parts(points) if adversarial else ():
             with torch.no_grad():
                 predicted = flow.x0_from_velocity(part.x_t, predict(student, part), part.t)
                 real = discriminator.features(*renoised(part.x_0, part))
                 fake = discriminator.features(*renoised(predicted, part))
             penalty, on_real = gradient_penalty(discriminator, real)
-            on_fake = discriminator.answers(fake)
+            on_fake = discriminator.logits(fake)
             loss = hinge(on_real, on_fake)
             run.backward(loss + args.penalty * penalty)
             run.log(d_real=on_real, d_fake=on_fake, loss_d=loss, penalty=penalty)
-            answers.update(real=on_real.detach(), fake=on_fake.detach())
-        if "adv" in args.losses:
-            run.step(of_heads, discriminator, clip=10.0, name="grad_norm_d")
+            logits.update(real=on_real.detach(), fake=on_fake.detach())
+        if adversarial:
+            run.step(head_optimizers, discriminator, clip=10.0, name="grad_norm_d")
 
         # Then the student, against D as it is now: the gradient runs from the heads through the frozen teacher into x0'.
         discriminator.requires_grad_(False)
@@ -284,21 +290,20 @@ def train(args):
                 kd = (v - v_teacher).square().mean((1, 2, 3))  # (B,)   || v_T - v_theta ||^2
                 task = (v - part.v).square().mean((1, 2, 3))  # (B,)   || (eps - x_0) - v_theta ||^2, of real points
                 loss = distillation_loss(task, kd, part.t, part.on_policy, ratio.value).mean()
-                real = (~part.on_policy).float()
-                ratio.add(real * task, real * kd)
+                ratio.add(task, kd, real=~part.on_policy)
                 run.log(loss_kd=kd)
-                run.log(loss_task=task, weights=real)
-            if "adv" in args.losses:  # no hinge here: the student may please D as much as it can
-                fooling = -discriminator(*renoised(predicted, part)).mean()
-                loss = loss + args.adv_weight * fooling
-                run.log(loss_adv=fooling)
+                run.log(loss_task=task, weights=(~part.on_policy).float())
+            if adversarial:  # no hinge here: the student may please D as much as it can
+                loss_adv = -discriminator(*renoised(predicted, part)).mean()
+                loss = loss + args.adv_weight * loss_adv
+                run.log(loss_adv=loss_adv)
             run.backward(loss)
             run.log(**collapse_alarm(predicted.detach(), part.x_0))
-        run.step(of_student, student)
+        run.step(student_optimizers, student)
         ratio.step(first=step == 0)
-        update_ema(ema, student, step, longest=0.995)
+        update_ema(ema, student, step, args.ema)
         if run.due():
-            run.save(ema, plot=lambda table, out: plot(table, out, answers),
+            run.save(ema, plot=lambda table, out: plot(table, out, logits),
                      measure=lambda: few_step_scores(ema, run.config, encoders, args.watch) if scored else {},
                      samples=lambda: draw_pictures(ema, run.config, encoders, prompts, range(len(prompts))))  # fmt: skip
 
@@ -310,8 +315,8 @@ def few_step_scores(model, config, encoders, per_family, seed=1):
     return {f"score_{n}": score(pictures[n], prompts)["overall"] for n in pictures}
 
 
-def plot(table, out, answers):
-    """gan.png: what D says, the losses, the collapse alarm, the scores, and D's last answers."""
+def plot(table, out, logits):
+    """gan.png: what D says, the losses, the collapse alarm, the scores, and D's last logits."""
 
     def same(*names):
         return {name: name for name in names}
@@ -320,7 +325,7 @@ def plot(table, out, answers):
            ("losses", same("loss_kd", "loss_task", "loss_d", "loss_adv"), "linear"),
            ("collapse alarm: ratios near 1, gap near 0", same("std_ratio_low", "std_ratio_high", "mean_gap"), "linear"),
            ("mini-GenEval of few prompts", {f"{n} steps": f"score_{n}" for n in (1, 2, 4, 8)}, "linear"),
-           histogram=("its last answers", {name: values.flatten().cpu() for name, values in answers.items()}))  # fmt: skip
+           histogram=("its last logits", {name: values[values.isfinite()].cpu() for name, values in logits.items()}))  # fmt: skip
 
 
 def make_parser(doc=__doc__, example="python step_distill.py --init runs/distill --steps 600 --out runs/mine"):
@@ -331,16 +336,16 @@ def make_parser(doc=__doc__, example="python step_distill.py --init runs/distill
     p.add_argument("--for-steps", type=integer(1), default=4, help="sampling steps to learn: 4 or 8 in the paper")
     # losses
     p.add_argument("--losses", choices=("adv", "kd", "adv+kd"), default="adv+kd", help="adversarial, distillation, or both")
-    p.add_argument("--adv-weight", type=real(0), default=0.05, help="of the adversarial loss beside S(L_task, L_kd)")
-    p.add_argument("--penalty", type=real(0), default=0.1, help="of the gradient penalty (R1) on the heads' inputs")
+    p.add_argument("--adv-weight", type=real(0), default=0.05, help="weight of the adversarial loss beside S(L_task, L_kd)")
+    p.add_argument("--penalty", type=real(0), default=0.1, help="weight of the gradient penalty (R1) on the heads' inputs")
     p.add_argument("--layers", type=integer(), nargs="+", help="blocks that get a head; default: at 1/4, 1/2, the last")
     p.add_argument("--on-policy", type=real(0, 1), default=0.5, help="share of training points on the student's own way from noise")
-    p.add_argument("--teacher-guidance", type=real(0), default=3.0, help="of the ODE solve; it ends up inside the student")
+    p.add_argument("--teacher-guidance", type=real(0), default=3.0, help="guidance of the ODE solve; it ends up inside the student")
     p.add_argument("--solver-steps", type=integer(1), default=8, help="Euler steps of the ODE solve from t = 1; fewer from below")
     arguments.add_data(p)
-    arguments.add_training(p, steps=1500, batch=64, lr=3e-4, seed="of the heads, noise, timesteps and the data's order")
+    arguments.add_training(p, steps=1500, batch=64, lr=3e-4, ema=0.995, seed="seed of heads, noise, timesteps, order of the data")
     p.add_argument("--heads-lr", type=real(0), default=1e-4, help="the heads' learning rate")
-    arguments.add_run(p, out="runs/step_distill", save_every=250, compiled=False)
+    arguments.add_run(p, out="runs/step_distill", save_every=250)
     p.add_argument("--watch", type=integer(0), default=10, help="prompts a family for the scores in log.csv at each save; 0: none")
     return p
 

@@ -146,6 +146,7 @@ class Teacher:
 
     def compile(self):
         """torch.compile each block: minutes to start, then faster."""
+        torch._dynamo.config.recompile_limit = 32  # the last block is another, with and without gradients, for any batch
         for block in self.net.transformer_blocks:
             block.compile()
 

@@ -14,7 +14,7 @@ Writes runs/fm: model.safetensors (EMA weights) and config.json for sample.py an
 log.csv, loss.png, samples/. Every random number comes from (--seed, step): stop it at any moment, run the same command
 with --resume, and the weights end bit for bit as if it had never stopped (CPU, same number of threads).
 
-Differences from the paper [A]: Muon for the transformers' matrices at class scale, AdamW else, with warm-up and linear decay;
+Differences from the paper [A]: Muon for the transformers' matrices at class scale, AdamW otherwise, with warm-up and linear decay;
 shift 3 at class scale and at 1024 px, 1 at 256 px; text dropped 10 % of the time. The paper's data, batch sizes and learning
 rate here are not public.
 """
@@ -55,7 +55,7 @@ def noisy_batch(data, seed, step, batch, shift, caption_dropout=CAPTION_DROPOUT,
     eps = noise_rows(data.shape, batch, seed, step, 0, rows=rows)
     x_0, ids = data.batch(seed, step, batch, rows)
     ids = torch.where(dropped[rows], 0, ids)  # caption 0 is the empty one
-    if data.several_encoders:  # each of them is dropped apart besides [S]; ids becomes (B, 3)
+    if data.several_encoders:  # each encoder is also dropped independently [S]; ids becomes (B, 3)
         ids = ids[:, None] * (torch.rand((batch, 3), generator=g) >= caption_dropout)[rows]
     return Batch(flow.interpolate(x_0, eps, t), t, flow.velocity(x_0, eps), ids, *data.text(ids))
 
@@ -84,14 +84,14 @@ def train(args):
             run.backward(loss.mean())
             run.log(t=part.t, loss=loss)
         run.step(optimizers, model)
-        update_ema(ema, model, step)
+        update_ema(ema, model, step, args.ema)
         if run.due():
             run.save(ema, plot=plot, measure=lambda: {"val_loss": validate(ema, val, shift, run.device)},
                      samples=lambda: draw_pictures(ema, run.config, encoders, prompts, range(len(prompts))))  # fmt: skip
 
 
 def timestep_shift(args):
-    """s of the resolution shift [A]: 3 at class scale, where the layout is decided near t = 1; by the side in pixels else."""
+    """s of the resolution shift [A]: 3 at class scale, where the layout is decided near t = 1; by the side in pixels otherwise."""
     return 3.0 if args.size == "tiny" else flow.resolution_shift(args.resolution)
 
 

@@ -102,14 +102,15 @@ def add_data(p):
     p.add_argument("--resolution", type=integer(32, multiple=32), help="side in pixels for --data; default: 64 to 1024 by --size")
 
 
-def add_training(p, steps, batch, lr, seed="of weights, noise, timesteps and the data's order"):
-    """--steps --batch --accumulate --checkpointing --lr --optimizer --seed; `steps`, `batch` and `lr` are the defaults."""
+def add_training(p, steps, batch, lr, seed="seed of weights, noise, timesteps and the data's order", ema=0.999):
+    """--steps --batch --accumulate --checkpointing --lr --optimizer --ema --seed; the arguments are the defaults."""
     p.add_argument("--steps", type=integer(1), default=steps, help="training steps")
     p.add_argument("--batch", type=integer(1), default=batch, help="pictures a step, of all GPUs together")
     p.add_argument("--accumulate", type=integer(1), default=1, help="parts in which each GPU takes its share, to save memory")
     p.add_argument("--checkpointing", action="store_true", help="compute activations twice, to save memory")
     p.add_argument("--lr", type=real(0), default=lr, help="learning rate after the warm-up")
     p.add_argument("--optimizer", choices=("adamw", "muon"), help="default: muon for --size tiny, adamw for the paper's")
+    p.add_argument("--ema", type=real(0, 1), default=ema, help="decay of the averaged weights; 0.9999 for a million steps")
     p.add_argument("--seed", type=integer(0), default=0, help=seed)
 
 
@@ -129,9 +130,11 @@ def add_device(p):
 
 
 def add_sampling(p):
-    """--steps --guidance --shift --decoder: how a student draws, if not as its config says."""
+    """--steps --guidance --guidance-interval --shift --decoder: how a student draws, if not as its config says."""
     p.add_argument("--steps", type=integer(1), help="Euler steps; default: what the student was made for")
     p.add_argument("--guidance", type=real(0), help="classifier-free guidance, 1 = none; default: the student's")
+    p.add_argument("--guidance-interval", type=real(0, 1), nargs=2, metavar=("LOW", "HIGH"),
+                   help="guide only while t, 1 = noise, is within it; default: the student's, or always")  # fmt: skip
     p.add_argument("--shift", type=real(above=0), help="timestep shift; default: the student's")
     p.add_argument("--decoder", metavar="DIR", help="tiny decoder, such as assets/zoo/decoder; default: the teacher's own")
 

@@ -52,7 +52,8 @@ def half(device):
 
 def move(batch, device):
     """A NamedTuple of tensors on the device. Whole numbers stay: they count captions, and those lie in the CPU's memory."""
-    return type(batch)(*(x if x.dtype == torch.int64 else x.to(device, non_blocking=True) for x in batch))
+    pinned = torch.device(device).type == "cuda"  # see common.run.ahead; from other memory a copy must not go on beside the program
+    return type(batch)(*(x if x.dtype == torch.int64 else x.to(device, non_blocking=pinned) for x in batch))
 
 
 def take(batch, rows):

@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+PATIENT = {"group": None}  # the ranks once more, with days to wait for each other
+
 
 def rank():
     """This copy's number, 0 ... world() - 1; torchrun tells it."""
@@ -79,10 +81,10 @@ def total(tensor):
 def first_alone():
     """All ranks run what is inside, rank 0 before the others: what it computed and saved, they find."""
     if rank() > 0:
-        dist.barrier()
+        wait()
     yield
-    if world() > 1 and rank() == 0:
-        dist.barrier()
+    if rank() == 0:
+        wait()
 
 
 def agree(step):
@@ -95,9 +97,9 @@ def agree(step):
 
 
 def wait():
-    """All ranks meet here."""
+    """All ranks meet here, for as long as it takes: one of them may have data to encode for hours."""
     if world() > 1:
-        dist.barrier()
+        dist.barrier(PATIENT["group"])
 
 
 def launch(main):
@@ -120,9 +122,9 @@ def run_as_rank(main):
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    # Rank 0 alone encodes, validates and draws now and then, and a rank may have more to encode than the others: they wait for
-    # as long as this. A rank that is lost need not wait so long: torchrun notices.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(days=7))
+    # Within a step nobody waits long: rank 0 alone validates and draws now and then. A rank that hangs ends the run after this.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=30))
+    PATIENT["group"] = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
     lost = (
         f"rank {rank()}: another process of this run has ended (its own message stands above or on its machine). "
         "Start all of them again with --resume, on any number of GPUs: what was saved is intact."
@@ -149,7 +151,7 @@ def run_as_rank(main):
             time.sleep(3)  # if rank 0 has the same to say, it has said it, and torchrun has ended this one
         raise
     except RuntimeError as error:  # of torch.distributed, in several words
-        if any(words in str(error) for words in ("onnection", "NCCL", "peer", "Socket")):
+        if any(words in str(error) for words in ("onnection", "NCCL", "peer", "Socket", "Timed out")):
             print(f"{error}\n{lost}", file=sys.stderr, flush=True)
             os._exit(1)  # destroying the group would wait for the lost one
         raise

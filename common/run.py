@@ -69,7 +69,7 @@ class Run:
         torch.manual_seed(args.seed)
         self.half, self.parts_of_a_batch = half(self.device), getattr(args, "accumulate", 1)
         self.rows = parallel.rows(args.batch, self.parts_of_a_batch)  # this rank's, of each batch
-        self.sums, self.wrapped, self.averaged = {}, None, set()
+        self.sums, self.wrapped, self.averaged, self.bad_steps = {}, None, set(), 0
         self.config = {"stage": stage, "size": args.size, "machine": describe_machine(self.device)}
 
     # ---- networks
@@ -163,37 +163,48 @@ class Run:
         (loss / self.parts_of_a_batch).backward()
 
     def step(self, optimizers, *networks, clip=1.0, name="grad_norm"):
-        """One step of the optimizers: gradients of the networks averaged over ranks, clipped to length `clip`, logged as `name`."""
+        """One step of the optimizers: gradients of the networks averaged over ranks, clipped to length `clip`, logged as `name`.
+
+        A rare overflow must not end the run: a gradient that is NaN or infinite is replaced by zero, and `skipped` is the share of
+        such steps. When they are most of the steps since the last row of log.csv, the run ends.
+        """
         for network in networks:
             if network not in self.averaged:
                 parallel.average_gradients(network)
-        norm = torch.nn.utils.clip_grad_norm_([p for network in networks for p in network.parameters()], clip)
-        self.log(**{name: norm})
+        weights = [p for network in networks for p in network.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(weights, clip)
+        bad = ~torch.isfinite(norm)  # stays on the device: no if
+        for weight in weights:
+            weight.grad.masked_fill_(bad, 0.0)
+        self.log(**{name: norm, name.replace("grad_norm", "skipped"): bad})
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     def log(self, t=None, weights=None, **values):
         """Add to the means of the next row: numbers, tensors of any shape, and with t (B,) tensors (B,) by fifth of t as well.
-        With weights (B,), weighted means."""
+        With weights (B,), weighted means. NaN and infinite values are left out."""
         for name, value in values.items():
             value = torch.as_tensor(value).detach().to(self.device, torch.float32).flatten()
             sums = self.sums.setdefault(name, torch.zeros(BINS + 1, 2, device=self.device))  # the last row: all t
-            weight = torch.ones_like(value) if weights is None else weights
-            of_value = torch.stack([weight * value, weight], dim=1)
+            weight = torch.isfinite(value) * (1.0 if weights is None else weights)
+            of_value = torch.stack([weight * value.nan_to_num(0.0, 0.0, 0.0), weight], dim=1)
             sums[-1] += of_value.sum(0)
             if t is not None and len(value) == len(t):
                 sums[:-1].index_add_(0, (t.to(self.device) * BINS).long().clamp(max=BINS - 1), of_value)
 
     def row(self, measure=None):
-        """A row of log.csv: the means since the last one, and what measure() finds. A value that is no number ends the run."""
+        """A row of log.csv: the means since the last one, and what measure() finds. Ends the run when most steps were skipped."""
         names = list(self.sums)
         sums = parallel.total(torch.stack([self.sums[name] for name in names])).cpu()  # (names, BINS + 1, 2): read once
-        if not torch.isfinite(sums).all():
-            self.stop_on_nan()
-        self.sums, self.last_row, seen = {}, self.now + 1, (self.now + 1) * self.args.batch
+        covered, seen = self.now + 1 - self.last_row, (self.now + 1) * self.args.batch
+        self.sums, self.last_row = {}, self.now + 1
         means = sums[..., 0] / sums[..., 1]  # nan for a fifth of t that no picture fell into
         row = dict(zip(names, means[:, -1].tolist(), strict=True))
+        most = max(row[name] for name in names if name.startswith("skipped")) > 0.5
+        self.bad_steps = self.bad_steps + covered if most else 0
+        if self.bad_steps > 1:  # a row may cover a single step
+            self.stop_on_nan()
         for name, by_t, n in zip(names, means[:, :-1].tolist(), sums[:, :-1, 1].sum(1), strict=True):
             row |= {f"{name}_t{i / BINS:.1f}": value for i, value in enumerate(by_t)} if n else {}
         if not self.main:
@@ -212,9 +223,11 @@ class Run:
     def stop_on_nan(self):
         """End the run in one sentence; what was saved before stays as it is."""
         saved = (self.out / "model.safetensors").is_file()
-        advice = f"Go on from the last good weights with --init {self.out}, another --out and a lower --lr."
-        raise SystemExit(f"the loss or its gradient is no longer a number at step {self.now}: the learning rate {self.args.lr} "
-                         f"is too high. {advice if saved else 'Lower --lr.'}")  # fmt: skip
+        rates = " or ".join(f"{flag} {getattr(self.args, name)}" for flag, name in (("--lr", "lr"), ("--heads-lr", "heads_lr"))
+                            if hasattr(self.args, name))  # fmt: skip
+        advice = f"Go on from the last good weights with --init {self.out} and another --out." if saved else ""
+        raise SystemExit(f"the loss or its gradient became NaN or infinite by step {self.now}: most often a learning rate "
+                         f"is too high ({rates}); lower it. {advice}".rstrip())  # fmt: skip
 
     def due(self):
         """Whether this step ends with a save: every --save-every steps, and after the last."""
@@ -230,8 +243,12 @@ class Run:
             plot: called as plot(table, folder); draws the curves of log.csv.
         """
         self.row(measure)
-        if not self.main:
-            return
+        if self.main:
+            self.write(ema, samples, plot, kind)
+        parallel.wait()
+
+    def write(self, ema, samples, plot, kind):
+        """Rank 0's part of save(), while the others wait."""
         if samples:
             folder = self.out / "samples"
             save_atomically(stack([samples()]).save, folder / f"{self.now + 1:07d}.png")

@@ -27,6 +27,7 @@ import io
 import json
 import re
 import tarfile
+import threading
 from pathlib import Path
 
 import safetensors
@@ -303,7 +304,7 @@ class ShardedLatents:
     streamed, text_dim = True, None  # as of data.Latents
 
     def __init__(self, folder, encoders, held_out=False, keep=2048):
-        self.folder, self.keep, self.read = Path(folder), keep, collections.OrderedDict()
+        self.folder, self.keep, self.read, self.lock = Path(folder), keep, collections.OrderedDict(), threading.Lock()
         path = self.folder / "index.json"
         if not path.is_file():
             raise SystemExit(
@@ -376,14 +377,15 @@ class ShardedLatents:
         """{name: (B, ...)} of the text of captions `ids` (B,): states, mask, pooled [, gemma, gemma_mask]."""
         found = []
         for number in ids.tolist():
-            if number not in self.read:
-                k, i = self._find(number, self.first_caption)
-                file = self.open(k)[0]
-                names = [name for name in file.keys() if name not in ("latents", "caption_ids")]  # noqa: SIM118
-                self.read[number] = {name: file.get_slice(name)[i] for name in names}
-                while len(self.read) > max(self.keep, 2 * len(ids)):
-                    self.read.popitem(last=False)
-            found.append(self.read[number])
+            with self.lock:  # a thread makes the next batches while the teacher asks for this one's text
+                if number not in self.read:
+                    k, i = self._find(number, self.first_caption)
+                    file = self.open(k)[0]
+                    names = [name for name in file.keys() if name not in ("latents", "caption_ids")]  # noqa: SIM118
+                    self.read[number] = {name: file.get_slice(name)[i] for name in names}
+                    while len(self.read) > max(self.keep, 2 * len(ids)):
+                        self.read.popitem(last=False)
+                found.append(self.read[number])
         return {name: torch.stack([row[name] for row in found]) for name in found[0]}
 
     def text(self, ids):

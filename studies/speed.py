@@ -151,7 +151,7 @@ def make_stage(stage, model, forward, data, teacher, device, args):
             predicted = flow.x0_from_velocity(p.x_t, predict(forward, p), p.t)
             real, fake = discriminator.features(*renoised(p.x_0)), discriminator.features(*renoised(predicted))
         penalty, on_real = step_distill.gradient_penalty(discriminator, real)
-        (step_distill.hinge(on_real, discriminator.answers(fake)) + 0.1 * penalty).backward()
+        (step_distill.hinge(on_real, discriminator.logits(fake)) + 0.1 * penalty).backward()
         of_heads.step()
         of_heads.zero_grad(set_to_none=True)
         discriminator.requires_grad_(False)

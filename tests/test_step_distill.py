@@ -1,6 +1,7 @@
 """Stage 3: the few-step target, the discriminator and who learns from it, the training as a user meets it."""
 
 import csv
+import importlib
 import json
 import os
 from pathlib import Path
@@ -20,6 +21,7 @@ from common.checkpoint import load_student
 from common.encoders import FrozenEncoders
 from data import open_data
 from evaluate import prompts_of
+from model import UNet
 from sample import draw_pictures
 from studies import few_steps
 
@@ -182,35 +184,35 @@ class Blocks:
         return latents, [latents, 2 * latents]
 
 
-def test_it_answers_for_every_head_and_token_and_trains_only_heads():
+def test_it_has_logits_for_every_head_and_token_and_trains_only_heads():
     discriminator = step_distill.Discriminator(Blocks())
     latents = torch.randn(3, 16, 4, 4, requires_grad=True)
-    answers = discriminator(latents, torch.ones(3), torch.zeros(3, dtype=torch.long))
-    assert answers.shape == (3, 2 * 16)
+    logits = discriminator(latents, torch.ones(3), torch.zeros(3, dtype=torch.long))
+    assert logits.shape == (3, 2 * 16)
     assert all(name.startswith("heads.") for name, _ in discriminator.named_parameters())
     assert all(name.startswith("heads.") for name in discriminator.state_dict())  # the teacher is not saved
-    answers.mean().backward()
+    logits.mean().backward()
     assert latents.grad.abs().sum() > 0  # this is how the student learns
 
 
 def test_gradient_penalty_is_the_squared_slope_on_real_features():
     discriminator = step_distill.Discriminator(Blocks())
     features = [torch.randn(2, 16, 4, 4) for _ in range(2)]
-    penalty, answers = step_distill.gradient_penalty(discriminator, features)
+    penalty, logits = step_distill.gradient_penalty(discriminator, features)
     expected = 0.0
     for head, f in zip(discriminator.heads, features, strict=True):
         f = f.clone().requires_grad_()
         expected += torch.autograd.grad(head(f).sum(), f)[0].square().sum() / (2 * 4 * 4)
-    assert torch.allclose(penalty, expected) and torch.allclose(answers, discriminator.answers(features))
+    assert torch.allclose(penalty, expected) and torch.allclose(logits, discriminator.logits(features))
     penalty.backward()
     assert all(p.grad is not None for head in discriminator.heads for p in head.parameters() if p.dim() > 1)
 
 
 def test_hinge_and_who_wants_what():
-    """Sure and right costs nothing, not knowing costs 2, sure and wrong more; the student's step raises the answers."""
-    answers = torch.full((2, 5), 2.0)
-    assert step_distill.hinge(answers, -answers) == 0 and step_distill.hinge(0 * answers, 0 * answers) == 2
-    assert step_distill.hinge(-answers, answers) == 6
+    """Sure and right costs nothing, not knowing costs 2, sure and wrong more; the student's step raises the logits."""
+    logits = torch.full((2, 5), 2.0)
+    assert step_distill.hinge(logits, -logits) == 0 and step_distill.hinge(0 * logits, 0 * logits) == 2
+    assert step_distill.hinge(-logits, logits) == 6
     torch.manual_seed(0)
     discriminator, real, fake = step_distill.Discriminator(Blocks()), torch.randn(8, 16, 4, 4) + 1, torch.randn(8, 16, 4, 4) - 1
     optimizer, of = torch.optim.AdamW(discriminator.parameters(), lr=1e-3), (torch.ones(8), torch.zeros(8, dtype=torch.long))
@@ -277,6 +279,48 @@ def test_both_losses_reach_the_student(home):
         gradients.append(weights(out, "optimizer.")["optimizer.0.0.exp_avg"].flatten())
     directions = [F.normalize(gradient, dim=0) for gradient in gradients]
     assert all((a - b).norm() > 1e-3 for i, a in enumerate(directions) for b in directions[:i])
+
+
+def test_a_step_that_overflows_leaves_the_ratio_and_the_weights_alone(monkeypatch):
+    ratio = step_distill.RunningRatio()
+    ratio.add(torch.tensor([4.0, 9.0]), torch.tensor([2.0, 9.0]), real=torch.tensor([True, False]))
+    ratio.step(first=True)
+    assert ratio.value == 2
+    ratio.add(torch.tensor([torch.inf, 1.0]), torch.tensor([torch.inf, torch.nan]), real=torch.tensor([True, False]))
+    ratio.step(first=False)
+    assert ratio.value == 2
+
+    draw_points = step_distill.draw_points
+
+    def overflow(data, args, times, step, rows):
+        points = draw_points(data, args, times, step, rows)
+        return points._replace(x_0=points.x_0 / 0.0, v=points.v / 0.0) if step == 1 else points
+
+    monkeypatch.setattr(step_distill, "draw_points", overflow)
+    step_distill.main([*SMALL, "--steps", "3", "--save-every", "2", "--out", "runs/overflow"])
+    assert [float(row["skipped"]) for row in csv.DictReader(open("runs/overflow/log.csv"))] == [0.5, 0.0]
+    assert all(torch.isfinite(value).all() for value in weights(Path("runs/overflow"), "").values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize("stage", ["train_fm", "distill", "step_distill"])
+def test_compiled_or_computed_twice_a_step_is_the_same(stage, monkeypatch):
+    """--compile with --checkpointing: one graph of the student, also where a feature is asked for, and the same weights."""
+    compile, own = torch.compile, {"step_distill": SMALL, "distill": [*SMALL[:6], "--device", "cpu"]}
+    flags = [*own.get(stage, SMALL[2:6]), "--steps", "2"]
+    main = importlib.import_module(stage).main
+    main([*flags, "--out", f"runs/{stage}-eager"])
+    graphs = []
+
+    def traced(module, example_inputs):
+        graphs.append(module)
+        return module
+
+    monkeypatch.setattr(torch, "compile", lambda net, **how: compile(net, backend=traced, fullgraph=isinstance(net, UNet), **how))
+    torch.compiler.reset()
+    main([*flags, "--compile", "--checkpointing", "--out", f"runs/{stage}-compiled"])
+    assert graphs, "nothing was compiled"
+    one, other = (safetensors.torch.load_file(f"runs/{stage}-{how}/model.safetensors") for how in ("eager", "compiled"))
+    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
 
 
 def test_every_stage_trains_in_the_half_precision_of_a_gpu(home, monkeypatch):
@@ -395,7 +439,7 @@ def test_bad_input_ends_in_one_sentence(tmp_path):
         (["--size", "imagenet"], "is not of --size imagenet"),
         (["--for-steps", "0"], "at least 1"),
         (["--on-policy", "2"], "--on-policy must be from 0 to 1"),
-        (["--lr", "1e30"], "learning rate"),
+        (["--lr", "1e30"], "NaN or infinite by step .*--lr 1e.30 or --heads-lr"),
     ):
         with pytest.raises(SystemExit, match=words):
             step_distill.main([*SMALL, "--steps", "3", "--out", str(tmp_path / "out"), *arguments])

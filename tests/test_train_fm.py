@@ -103,9 +103,24 @@ def test_a_finished_run_is_not_overwritten_and_not_trained_again(finished):
 
 
 def test_a_loss_that_explodes_stops_the_run_and_saves_nothing_bad():
-    with pytest.raises(SystemExit, match="no longer a number at step .* Lower --lr"):
+    with pytest.raises(SystemExit, match="NaN or infinite by step .*--lr .*lower it"):
         train_fm.main([*SMALL, "--steps", "4", "--save-every", "1", "--out", "runs/nan", "--resume", "--lr", "1e30"])
     assert not Path("runs/nan/model.safetensors").exists()
+
+
+def test_a_step_that_overflows_counts_as_zero_and_is_reported(monkeypatch):
+    noisy_batch = train_fm.noisy_batch
+
+    def overflow(data, seed, step, *args, **kwargs):
+        batch = noisy_batch(data, seed, step, *args, **kwargs)
+        return batch._replace(v=batch.v / 0.0) if (seed, step) == (0, 2) else batch
+
+    monkeypatch.setattr(train_fm, "noisy_batch", overflow)
+    train_fm.main([*SMALL, "--steps", "4", "--save-every", "4", "--out", "runs/overflow"])
+    last = list(csv.DictReader(open("runs/overflow/log.csv")))[-1]
+    assert float(last["skipped"]) == 0.25 and 0 < float(last["loss"]) < 10 and 0 < float(last["val_loss"]) < 10
+    weights = safetensors.torch.load_file("runs/overflow/train_state/state.safetensors")
+    assert all(torch.isfinite(w).all() for w in weights.values() if w.is_floating_point())
 
 
 def test_ema_follows_the_model_and_keeps_no_graph():
