@@ -1,6 +1,6 @@
 # make demo   a fresh machine to pictures: environment, a grid from the trained student, a short training, its score
 # make test   environment and tests
-# The same steps stand in README.md as plain commands.
+# Without make: the commands below, one after the other; README.md shows the first few.
 
 PYTHON ?= python3
 PY := .venv/bin/python

@@ -5,14 +5,14 @@ One class builds all of it: `UNetConfig` has a switch for each panel of Fig. 2, 
     python model.py            # the ladder and Table 1: parameters and MACs beside the paper's figures
     python model.py --json     # the same as one JSON object
 
-    x_t (B, 16, H, W) ----> conv_in                                                         conv_out ---> v (B, 16, H, W)
-                              |                                                                 ^
-    stage 1, H x W          2 layers ---------------------- skips ----------------------> 3 layers      text, no attention
-                              v downsample                                                      | upsample    among pixels
-    stage 2, H/2 x W/2      2 layers ---------------------- skips ----------------------> 3 layers      text, no attention
-                              v                                                                 |             among pixels
-    stage 3, H/4 x W/4      2 layers ---------------------- skips ----------------------> 3 layers      text and self-
-                              '------------> ResBlock, Transformer, ResBlock -------------------'             attention
+    x_t (B, 16, H, W) ----> conv_in                                   conv_out ----> v (B, 16, H, W)
+                              |                                           ^
+    stage 1, H x W          2 layers -------------- skips ------------> 3 layers     attend to the text
+                              v downsample                                ^ upsample
+    stage 2, H/2 x W/2      2 layers -------------- skips ------------> 3 layers     attend to the text
+                              v downsample                                ^ upsample
+    stage 3, H/4 x W/4      2 layers -------------- skips ------------> 3 layers     attend to the text and to each other
+                              '---> ResBlock, Transformer, ResBlock ------'
 
 "FLOPs" in the paper are multiply-accumulates: it lists DiT-XL/2 with 119 G, which is that model's MAC count. We say MACs.
 What the paper does not tell (time embedding, depth of the middle, text widths) is our assumption, marked [A]. studies/ladder.py
@@ -302,7 +302,7 @@ class Stage(nn.Module):
 
 
 def timestep_embedding(t, dim):
-    """t (B,) in [0, 1] -> (B, dim): cosines and sines of 1000 t, always in float32 (half precision is wrong by 0.3)."""
+    """t (B,) in [0, 1] -> (B, dim): cosines and sines of 1000 t, always in float32 (in float16, 1000 t is off by 0.25)."""
     half = dim // 2
     frequencies = torch.exp(-math.log(1e4) / half * torch.arange(half, dtype=torch.float32, device=t.device))
     angles = 1000.0 * t.float()[:, None] * frequencies[None]
