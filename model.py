@@ -388,6 +388,8 @@ class UNet(nn.Module):
             if stage.resample is not None:
                 x = stage.resample(x)
         velocity = self.conv_out(F.silu(self.norm_out(x)))
+        if feature and not kept:
+            raise ValueError(f"no layer {feature!r}; there are {', '.join(self.features())}")
         return (velocity, *kept) if feature else velocity
 
 

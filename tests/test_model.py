@@ -253,6 +253,8 @@ def test_bigger_and_oblong_pictures_work_and_odd_ones_are_refused():
     for height, width in ((4, 4), (12, 8), (16, 20)):
         x = torch.randn(1, 4, height, width)
         assert net(x, torch.rand(1), torch.randn(1, 3, 24)).shape == x.shape
+    with pytest.raises(ValueError, match="no layer 'up.9'"):
+        UNet(small())(*inputs(small(), batch=1), feature="up.9")
     with pytest.raises(ValueError, match="multiples of 4"):
         net(torch.randn(1, 4, 10, 8), torch.rand(1), torch.randn(1, 3, 24))
 
