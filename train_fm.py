@@ -20,6 +20,7 @@ rate here are not public.
 """
 
 import math
+import re
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from common.figures import curves
 from common.run import BINS, Run, update_ema
 from common.seeds import noise_rows, rng
 from data import open_data, sample_prompts
+from model import LADDER
 from sample import draw_pictures
 
 CAPTION_DROPOUT = 0.1  # [A]
@@ -102,7 +104,8 @@ def make_optimizers(model, lr, kind):
     scale it learns faster [A]. `match_rms_adamw` lets both use one learning rate.
     """
     named = model.named_parameters()
-    matrices = [w for name, w in named if w.dim() == 2 and ".blocks." in name] if kind == "muon" else []
+    in_block = re.compile(r"(^|\.|transformer_)blocks\.")  # diffusers' name, too
+    matrices = [w for name, w in named if w.dim() == 2 and in_block.search(name)] if kind == "muon" else []
     chosen = {id(w) for w in matrices}
     others = [w for w in model.parameters() if id(w) not in chosen]
     optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
@@ -135,6 +138,7 @@ def make_parser():
     p = arguments.Parser(__doc__, "python train_fm.py --steps 600 --pictures 10000 --out runs/mine")
     arguments.add_model(p, init="start from this student's weights instead of random ones",
                         teacher="SD3 folder whose autoencoder and text encoders are used")  # fmt: skip
+    p.add_argument("--ladder", choices=LADDER, help="train an earlier step of the ladder of Fig. 2, at the widths of --size")
     p.add_argument("--gemma", metavar="DIR", help="folder of google/gemma-2-2b: a third text encoder, as in the paper's --size t2i")
     arguments.add_data(p)
     arguments.add_training(p, steps=2500, batch=64, lr=1e-3)

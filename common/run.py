@@ -42,7 +42,7 @@ from common.checkpoint import (
 from common.device import describe_machine, half, move, pick_device, take
 from common.encoders import FrozenEncoders
 from common.figures import stack
-from model import UNet
+from model import UNet, ladder
 
 BINS = 5  # of t: a loss is logged for each fifth of (0, 1), since the average alone goes flat early and says little
 FREE = {"out", "resume", "device", "compile", "save_every", "accumulate", "checkpointing", "watch"}  # may change on a resume
@@ -86,10 +86,13 @@ class Run:
 
         Raises SystemExit when `init` is of another size, or lives in another latent space than the encoders'.
         """
-        args, model, trained = self.args, UNet(PRESETS[self.args.size]), {}
+        args, cfg, trained = self.args, PRESETS[self.args.size], {}
+        if getattr(args, "ladder", None):
+            cfg = ladder(args.ladder, cfg)
+        model = UNet(cfg)
         if init:
             start, trained = load_student(init)
-            if start.cfg != model.cfg:
+            if start.cfg != cfg:
                 raise SystemExit(f"{init} is not of --size {args.size}: give the size it was trained with.")
             model.load_state_dict(start.state_dict())
         gemma = getattr(args, "gemma", None) or trained.get("gemma")

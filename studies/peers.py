@@ -1,0 +1,193 @@
+"""What else would a student take? Three networks of one size learn from the same batches for the same wall time.
+
+    python -m studies.peers --minutes 10                       # ours, a UNet of diffusers', a plain DiT: half an hour in all
+    python -m studies.peers --minutes 10 --only ours dit       # two of them
+
+    ours        model.py's UNet, --size tiny
+    diffusers   UNet2DConditionModel of the same widths: full convolutions, self-attention from the second stage on, all heads with
+                keys of their own; where SnapGen's ladder begins
+    dit         a plain diffusion transformer as in minRF, with as many parameters as ours: patches of 2x2, adaptive norms for the
+                time, cross-attention for the text
+
+Loss, noise, times, batches, optimizers (Muon for the matrices of transformer blocks, AdamW for the rest) and averaged weights
+are those of stage 1. Learning rates fall over the last 40 % of the time, so that each network has its whole schedule. Validation
+and drawing do not count. Writes peers.png (loss and mini-GenEval over the minutes) and peers.json.
+"""
+
+import copy
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from torch import nn
+from tqdm import tqdm
+
+from common.arguments import Parser, add_device, by_size, integer, real
+from common.checkpoint import save_json
+from common.device import describe_machine, move, pick_device
+from common.encoders import FrozenEncoders
+from common.figures import pyplot, save_figure
+from common.run import learning_rate, update_ema
+from data import open_data
+from evaluate import prompts_of, score
+from model import PRESETS, UNet, timestep_embedding
+from sample import draw_pictures
+from train_fm import make_optimizers, noisy_batch, predict, timestep_shift, validate
+
+
+class DiffusersUNet(nn.Module):
+    """diffusers' UNet, called as ours is. (B, 16, H, W), (B,), (B, T, D), (B, T) -> (B, 16, H, W)"""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.net = UNet2DConditionModel(
+            in_channels=cfg.latent_channels, out_channels=cfg.latent_channels, block_out_channels=cfg.channels,
+            layers_per_block=cfg.layers, cross_attention_dim=cfg.text_dim, norm_num_groups=cfg.groups,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=cfg.depth,
+            attention_head_dim=tuple(c // cfg.head_dim for c in cfg.channels), use_linear_projection=True,
+        )  # fmt: skip
+
+    def forward(self, x_t, t, text, mask=None, feature=None):
+        return self.net(x_t, 1000 * t, text, encoder_attention_mask=mask).sample
+
+
+class DiTBlock(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward; the time scales, shifts and gates the first and the last."""
+
+    def __init__(self, width, text_dim, heads):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(width, elementwise_affine=False) for _ in range(2))
+        self.attn1 = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.attn2 = nn.MultiheadAttention(width, heads, kdim=text_dim, vdim=text_dim, batch_first=True)
+        self.norm_text = nn.LayerNorm(width)
+        self.ff = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.modulation = nn.Linear(width, 6 * width)
+        nn.init.zeros_(self.modulation.weight), nn.init.zeros_(self.modulation.bias)  # adaLN-Zero: the identity at first
+
+    def forward(self, x, time, text, padding):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(time))[:, None].chunk(6, dim=-1)
+        h = self.norm1(x) * (1 + scale1) + shift1
+        x = x + gate1 * self.attn1(h, h, h, need_weights=False)[0]
+        x = x + self.attn2(self.norm_text(x), text, text, key_padding_mask=padding, need_weights=False)[0]
+        return x + gate2 * self.ff(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class DiT(nn.Module):
+    """A plain diffusion transformer (Peebles & Xie, 2212.09748), called as our UNet is; `side` is that of the latents."""
+
+    def __init__(self, cfg, side, width=224, depth=6, heads=7, patch=2):
+        super().__init__()
+        self.patch, self.width = patch, width
+        self.embed = nn.Linear(cfg.latent_channels * patch**2, width)
+        self.position = nn.Parameter(0.02 * torch.randn(1, (side // patch) ** 2, width))
+        self.time_mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(DiTBlock(width, cfg.text_dim, heads) for _ in range(depth))
+        self.norm_out, self.out = nn.LayerNorm(width), nn.Linear(width, cfg.latent_channels * patch**2)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x_t, t, text, mask=None, feature=None):
+        size, p = x_t.shape[2:], self.patch
+        x = self.embed(F.unfold(x_t, p, stride=p).transpose(1, 2)) + self.position  # (B, tokens, width)
+        time = self.time_mlp(timestep_embedding(t, self.width))
+        for block in self.blocks:
+            x = block(x, time, text, None if mask is None else ~mask)
+        return F.fold(self.out(self.norm_out(x)).transpose(1, 2), size, p, stride=p)
+
+
+def build(name, cfg, side):
+    if name == "ours":
+        return UNet(cfg)
+    return DiffusersUNet(cfg) if name == "diffusers" else DiT(cfg, side)
+
+
+def train(name, args, data, val, encoders, prompts):
+    """Train one network for --minutes: (parameters, [{"minutes", "step", "val_loss", "score"}, ...]), the last one at the end."""
+    device, shift, side = encoders.device, timestep_shift(args), data.shape[-1]
+    torch.manual_seed(args.seed)
+    model = build(name, PRESETS[args.size], side).to(device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    optimizers, peak = make_optimizers(model, args.lr, args.optimizer), args.lr
+    forward = torch.compile(model) if args.compile else model
+    config = {"latent_size": list(data.shape[1:]), "sampling": {"steps": 28, "guidance": 3.0, "shift": shift}}
+    rows, seconds, step, total = [], 0.0, 0, 60 * args.minutes
+    bar = tqdm(total=round(total), desc=name, unit=" s", mininterval=1, disable=None)
+    while seconds < total:
+        if step == 3:  # torch.compile and the caches have warmed up
+            seconds = 0.0
+        start = time.perf_counter()
+        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
+            group["lr"] = peak * min(1, (step + 1) / 200) * learning_rate(int(1e4 * seconds / total), 10_000, warmup=1)
+        batch = move(noisy_batch(data, args.seed, step, args.batch, shift), device)
+        loss = (predict(forward, batch) - batch.v).square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        update_ema(ema, model, step)
+        if not loss.isfinite():
+            raise SystemExit(f"the loss of {name} became NaN at step {step}: lower --lr.")
+        step, seconds = step + 1, seconds + time.perf_counter() - start
+        bar.update(min(round(seconds), bar.total) - bar.n)
+        if seconds >= total * (len(rows) + 1) / args.points:
+            pictures = draw_pictures(ema, config, encoders, prompts, range(len(prompts)))
+            rows.append({"minutes": seconds / 60, "step": step, "val_loss": validate(ema, val, shift, device),
+                         "score": score(pictures, prompts)["overall"]})  # fmt: skip
+            if bar.disable:
+                print(f"{name}: {rows[-1]}", flush=True)
+    bar.close()
+    return sum(p.numel() for p in model.parameters()), rows
+
+
+def plot(results, args):
+    figure, axes = pyplot().subplots(1, 2, figsize=(10, 4))
+    for name, (parameters, rows) in results.items():
+        for axis, column in zip(axes, ("val_loss", "score"), strict=True):
+            axis.plot([row["minutes"] for row in rows], [row[column] for row in rows], "o-", ms=4,
+                      label=f"{name}, {parameters / 1e6:.1f} M, {rows[-1]['step']} steps")  # fmt: skip
+    axes[0].set(title="validation loss", xlabel="minutes of training")
+    axes[1].set(title=f"mini-GenEval of {6 * args.per_family} prompts", xlabel="minutes of training")
+    save_figure(figure, args.out / "peers.png")
+
+
+def parse_arguments(argv=None):
+    p = Parser(__doc__, "python -m studies.peers --minutes 10")
+    p.add_argument("--minutes", type=real(above=0), default=10.0, help="wall time of each training")
+    p.add_argument("--only", nargs="+", choices=("ours", "diffusers", "dit"), default=["ours", "diffusers", "dit"], help="these")
+    p.add_argument("--points", type=integer(1), default=4, help="measurements of each, evenly in time, the last at the end")
+    p.add_argument("--per-family", type=integer(1), default=40, help="mini-GenEval prompts a family")
+    p.add_argument("--teacher", metavar="DIR", default="assets/toy-sd3", help="SD3 folder whose encoders are used")
+    p.add_argument("--pictures", type=integer(1), default=20_000, help="different pictures of the shapes world to train on")
+    p.add_argument("--batch", type=integer(1), default=64, help="pictures a step")
+    p.add_argument("--lr", type=real(above=0), default=1e-3, help="learning rate after the warm-up, of all three")
+    p.add_argument("--seed", type=integer(0), default=0, help="of weights, noise, timesteps and the data's order")
+    p.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/studies/peers"), help="where to")
+    p.add_argument("--compile", action="store_true", help="torch.compile each network")
+    add_device(p)
+    p.set_defaults(size="tiny", data=None, optimizer=None, resolution=None)
+    return by_size(p.parse_args(argv))
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    encoders, results = FrozenEncoders(args.teacher, pick_device(args.device)), {}
+    data, val = open_data(args, encoders)
+    prompts = prompts_of("val", args.per_family, 0)
+    for name in args.only:
+        results[name] = train(name, args, data, val, encoders, prompts)
+    print(f"\n{args.minutes} minutes each, batch {args.batch}, seed {args.seed}, {describe_machine(encoders.device)}")
+    print(f"{'network':12}{'params M':>9}{'steps':>7}{'val loss':>10}{'mini-GenEval':>14}")
+    for name, (parameters, rows) in results.items():
+        last = rows[-1]
+        print(f"{name:12}{parameters / 1e6:9.2f}{last['step']:7}{last['val_loss']:10.4f}{last['score']:14.3f}")
+    plot(results, args)
+    report = {name: {"parameters": parameters, "rows": rows} for name, (parameters, rows) in results.items()}
+    save_json(report, args.out / "peers.json")
+    print(f"wrote {args.out}/peers.png, peers.json")
+
+
+if __name__ == "__main__":
+    main()
