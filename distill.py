@@ -28,7 +28,7 @@ from torch import nn
 
 from common import arguments, parallel
 from common.arguments import integer, real
-from common.device import autocast
+from common.device import autocast, half_transformer
 from common.figures import curves
 from common.run import Run, update_ema
 from data import open_data, sample_prompts
@@ -47,24 +47,62 @@ def timestep_weight(t):
     return density / 4.0
 
 
-def scaled(task, other, t):
-    """S(L_task, L_kd) for every picture: task, other, t (B,) -> (B,).
+class Ratio(nn.Module):
+    """|L_task^t| / |L_kd^t| of S: a running mean over the steps for each fifth of t. A module, so that it is saved with the run.
 
-    The ratio brings the teacher's loss to the size of the task's, whatever units it comes in. sg: it is a number, not a
-    function of the weights; otherwise ratio * other would be the task's loss once more, and nothing would be distilled.
+    A ratio for each picture by itself would make ratio * L_kd's gradient that of L_task * log L_kd: the better a picture agrees
+    with the teacher, the harder it would pull, and pictures that agree already would rule the clipped batch.
+    """
+
+    def __init__(self, bins=5):
+        super().__init__()
+        self.bins = bins
+        self.register_buffer("means", torch.zeros(2, bins))  # of L_task and of L_kd, in each fifth of t
+        self.register_buffer("seen", torch.zeros(bins))  # whether there was one yet
+        self.register_buffer("sums", torch.zeros(3, bins), persistent=False)  # of this step: L_task, L_kd, pictures
+
+    def bin(self, t):
+        return (t * self.bins).long().clamp(max=self.bins - 1)
+
+    def forward(self, t):
+        """The ratio at t (B,): numbers, not functions of the weights; otherwise ratio * L_kd would be L_task once more.
+        Where no step has ended with such t yet, it is that of the losses added so far; 1 without any."""
+        task, kd = torch.where(self.seen > 0, self.means, self.sums[:2])
+        return torch.where(kd > 0, task / kd.clamp(min=1e-12), 1.0)[self.bin(t)]
+
+    def add(self, task, kd, t, weights=None):
+        """Losses (B,) of this step; with weights (B,) bool, of some of its pictures."""
+        weights = torch.ones_like(t) if weights is None else weights.to(t.dtype)
+        values = torch.stack([torch.where(weights > 0, loss.detach(), 0.0) for loss in (task, kd)] + [weights])  # (3, B)
+        self.sums.index_add_(1, self.bin(t), values)
+
+    def step(self):
+        """Update the means with this step's losses over all ranks, where there were any and they did not overflow."""
+        task, kd, n = parallel.total(self.sums)
+        new = torch.stack([task, kd]) / n.clamp(min=1)
+        good = (n > 0) & new.isfinite().all(0)
+        rate = torch.where(self.seen > 0, 0.05, 1.0)
+        self.means.copy_(torch.where(good, self.means.lerp(new, rate), self.means))
+        self.seen.copy_(torch.where(good, 1.0, self.seen))
+        self.sums.zero_()
+
+
+def scaled(task, kd, t, ratio):
+    """S(L_task, L_kd) for every picture: task, kd, t (B,) -> (B,). `ratio` is Ratio's at t.
+
+    The ratio brings the teacher's loss to the size of the task's, whatever units it comes in.
     """
     a = timestep_weight(t)
-    ratio = (task / other.clamp(min=1e-12)).detach()
-    return a * task + (1 - a) * ratio * other
+    return a * task + (1 - a) * ratio * kd
 
 
-def combine(losses, t, args):
+def combine(losses, t, ratios, args):
     """The training loss of each picture, (B,), from {"task": (B,), "out": (B,), "feat": (B,)}; the teacher's may be missing."""
     task, levels = losses["task"], [name for name in ("out", "feat") if name in losses]
     if not levels:
         return task
     if args.weighting == "scaled":  # L = S(L_task, L_kd) + S(L_task, L_feat)
-        return sum(scaled(task, losses[name], t) for name in levels)
+        return sum(scaled(task, losses[name], t, ratios[name](t)) for name in levels)
     return task + sum(getattr(args, f"{name}_weight") * losses[name] for name in levels)
 
 
@@ -72,21 +110,23 @@ class Projector(nn.Module):
     """The projection head phi: the student's feature (B, c, h, w) -> the teacher's channels and grid (B, d, h', w').
 
     A finer grid is gathered by a strided convolution (each teacher token is a patch of p x p latent cells), a coarser one
-    is spread out; one hidden layer, so that the student need not copy the teacher's coordinates.
+    is spread out by a transposed one; one hidden layer, so that the student need not copy the teacher's coordinates.
     """
 
     def __init__(self, c, side, d, teacher_side):
         super().__init__()
-        self.teacher_side, stride = teacher_side, max(1, side // teacher_side)
-        self.gather = nn.Conv2d(c, d, stride, stride)
+        finer, coarser = max(1, side // teacher_side), max(1, teacher_side // side)
+        self.to_grid = nn.Conv2d(c, d, finer, finer) if coarser == 1 else nn.ConvTranspose2d(c, d, coarser, coarser)
         self.out = nn.Conv2d(d, d, 1)
 
     def forward(self, feature):
         with autocast(feature.device):
-            h = self.gather(feature)
-            if h.shape[2] != self.teacher_side:
-                h = F.interpolate(h, self.teacher_side, mode="nearest")
-            return self.out(F.silu(h)).float()
+            return self.out(F.silu(self.to_grid(feature))).float()
+
+
+def normalized(feature):
+    """Each token of a teacher's feature (B, D, h, w) with mean 0 and deviation 1 over its channels: deep blocks' are large [A]."""
+    return F.layer_norm(feature.movedim(1, -1), feature.shape[1:2]).movedim(-1, 1)
 
 
 def make_projector(args, student, teacher, side):
@@ -110,12 +150,14 @@ def train(args):
     run.config |= {"latent_size": list(data.shape[1:]), "sampling": {"steps": 28, "guidance": 3.0, "shift": shift}}
     teacher = projector = feature = None
     if "out" in args.losses:
-        teacher = Teacher(args.teacher, data, run.device, run.half, layers=(args.teacher_layer,))
+        teacher = Teacher(args.teacher, data, run.device, half_transformer(run.device), layers=(args.teacher_layer,))
     if "feat" in args.losses:
         feature, projector = args.student_layer, make_projector(args, student, teacher, data.shape[-1]).to(run.device)
-    learners = [student, projector] if projector else [student]
+    learners, ratios = [student, projector] if projector else [student], nn.ModuleDict()
+    for name in args.losses.split("+")[1:]:
+        ratios[name] = Ratio().to(run.device)
     optimizers = make_optimizers(nn.ModuleList(learners), args.lr, args.optimizer)
-    kept = {"model": student, "ema": ema} | ({"projector": projector} if projector else {})
+    kept = {"model": student, "ema": ema, "ratios": ratios} | ({"projector": projector} if projector else {})
     parts = [*encoders.parts, "transformer"] if teacher else encoders.parts
     run.keep(optimizers, {"pictures": data.name, "teacher": encoders.fingerprint(*parts)}, **kept)
     forward = run.wrap(student)
@@ -132,12 +174,16 @@ def train(args):
                 losses["out"] = (predicted - v_teacher).square().mean((1, 2, 3))  # || v_T - v_theta ||^2
                 run.log(cosine=F.cosine_similarity(predicted.flatten(1), v_teacher.flatten(1)))
             if projector:
-                losses["feat"] = (projector(f_theta) - f_teacher).square().mean((1, 2, 3))  # || f_T - phi(f_theta) ||^2
-            loss = combine(losses, part.t, args)  # S(L_task, L_kd) + S(L_task, L_feat)
+                losses["feat"] = (projector(f_theta) - normalized(f_teacher)).square().mean((1, 2, 3))  # || f_T - phi(f_theta) ||^2
+            for name, ratio in ratios.items():
+                ratio.add(losses["task"], losses[name], part.t)
+            loss = combine(losses, part.t, ratios, args)  # S(L_task, L_kd) + S(L_task, L_feat)
             run.backward(loss.mean())
-            run.log(loss=loss, **{f"ratio_{name}": losses["task"] / losses[name] for name in losses if name != "task"})
+            run.log(loss=loss, **{f"ratio_{name}": ratio(part.t) for name, ratio in ratios.items()})
             run.log(t=part.t, **{f"loss_{name}": value for name, value in losses.items()})
         run.step(optimizers, *learners)
+        for ratio in ratios.values():
+            ratio.step()
         update_ema(ema, student, step, args.ema)
         if run.due():
             run.save(ema, plot=plot, measure=lambda: {"val_loss": validate(ema, val, shift, run.device)},
@@ -160,7 +206,7 @@ def make_parser(doc=__doc__, example="python distill.py --init runs/fm --steps 1
     p.add_argument("--losses", choices=("task", "task+out", "task+out+feat"), default="task+out+feat", help="which levels")
     p.add_argument("--weighting", choices=("scaled", "linear"), default="scaled", help="timestep-aware, or fixed weights")
     p.add_argument("--out-weight", type=real(0), default=1.0, help="weight of L_kd with --weighting linear")
-    p.add_argument("--feat-weight", type=real(0), default=0.04, help="weight of L_feat with --weighting linear")
+    p.add_argument("--feat-weight", type=real(0), default=0.25, help="weight of L_feat with --weighting linear")
     p.add_argument("--student-layer", default="up.2.layers.2", help="UNet layer whose output is f_theta; default: the last")
     p.add_argument("--teacher-layer", type=integer(), default=-1, help="joint block whose picture tokens are f_T; -1 is the last")
     p.add_argument("--teacher-guidance", type=real(0), default=1.0, help="guidance of the teacher's velocity; 1: none")

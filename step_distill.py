@@ -41,13 +41,13 @@ from torch import nn
 import flow
 from common import arguments, parallel
 from common.arguments import integer, real
-from common.device import move, take
+from common.device import half_transformer, move, take
 from common.encoders import hash_folders
 from common.figures import curves
 from common.run import Run, update_ema
 from common.seeds import noise_rows, rng
 from data import open_data, sample_prompts
-from distill import scaled
+from distill import Ratio, scaled
 from evaluate import prompts_of, score
 from sample import draw_pictures
 from teacher import Teacher
@@ -188,36 +188,14 @@ def walk_on_policy(model, points, times, device, at_once):
     return points._replace(x_t=torch.where(points.on_policy[:, None, None, None].to(device), x, points.x_t.to(device)))
 
 
-class RunningRatio(nn.Module):
-    """|L_task| / |L_kd| of real points, a running mean over the steps: then the loss of a picture does not depend on which others
-    share its part of the batch. A module, so that it is saved with the run."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("value", torch.tensor(1.0))
-        self.register_buffer("sums", torch.zeros(2), persistent=False)
-
-    def add(self, task, kd, real):
-        """Losses (n,) of this step; those of real points (n,) bool count."""
-        self.sums += torch.stack([torch.where(real, loss, 0.0).sum() for loss in (task, kd)]).detach()
-
-    def step(self, first):
-        """Update the mean with this step's sums over all ranks, if it had real points and did not overflow."""
-        task, kd = parallel.total(self.sums)
-        new = task / kd.clamp(min=1e-30)
-        new = torch.where((kd > 0) & torch.isfinite(new), new, self.value)
-        self.value.lerp_(new, 1.0 if first else 0.05)
-        self.sums.zero_()
-
-
 def distillation_loss(task, kd, t, on_policy, ratio):
     """S(L_task, L_kd) of real points; on policy, where there is no x_0, L_kd alone, brought to L_task's size as S does.
 
-    task, kd, t (B,), on_policy (B,) bool -> (B,). `ratio` is L_task / L_kd of real points: RunningRatio. At the shifted start times
-    of 4 steps, t = 1, 0.9, 0.75, 0.5, a_t is 0, 0.25, 0.73, 1: at the last one real points learn from the data alone, and the
-    target reaches the student on policy and through D.
+    task, kd, t (B,), on_policy (B,) bool -> (B,). `ratio` (B,) is L_task / L_kd of real points at such t: distill.Ratio. At the
+    shifted start times of 4 steps, t = 1, 0.9, 0.75, 0.5, a_t is 0, 0.25, 0.73, 1: at the last one real points learn from the data
+    alone, and the target reaches the student on policy and through D.
     """
-    return torch.where(on_policy, ratio * kd, scaled(task, kd, t))
+    return torch.where(on_policy, ratio * kd, scaled(task, kd, t, ratio))
 
 
 def collapse_alarm(predicted, x_0):
@@ -241,13 +219,13 @@ def train(args):
                    "sampling": {"steps": args.for_steps, "guidance": 1.0, "shift": shift,
                                 "times": [round(float(t), 6) for t in times] + [0.0]}}  # fmt: skip
     # D looks through the few-step teacher if there is one, else through the many-step teacher [A].
-    teacher = Teacher(args.turbo or args.teacher, data, run.device, run.half, layers=args.layers)
+    teacher = Teacher(args.turbo or args.teacher, data, run.device, half_transformer(run.device), layers=args.layers)
     turbo, args.layers = teacher if args.turbo else None, list(teacher.layers)
     if args.compile:
         teacher.compile()
     if args.checkpointing:  # the student's gradient runs through all of its blocks
         teacher.net.enable_gradient_checkpointing()
-    discriminator, ratio = Discriminator(teacher).to(run.device), RunningRatio().to(run.device)
+    discriminator, ratio = Discriminator(teacher).to(run.device), Ratio().to(run.device)
     student_optimizers = make_optimizers(student, args.lr, args.optimizer)
     betas = (0.5, 0.99)  # [A]: D forgets fast, since what it looks at changes all the time
     head_optimizers = [torch.optim.AdamW(discriminator.parameters(), lr=args.heads_lr, betas=betas, weight_decay=0.0, fused=True)]
@@ -289,8 +267,8 @@ def train(args):
                 v_teacher = target_velocity(teacher, turbo, part.x_t, times[part.which], part.ids, args, shift)
                 kd = (v - v_teacher).square().mean((1, 2, 3))  # (B,)   || v_T - v_theta ||^2
                 task = (v - part.v).square().mean((1, 2, 3))  # (B,)   || (eps - x_0) - v_theta ||^2, of real points
-                loss = distillation_loss(task, kd, part.t, part.on_policy, ratio.value).mean()
-                ratio.add(task, kd, real=~part.on_policy)
+                ratio.add(task, kd, part.t, ~part.on_policy)
+                loss = distillation_loss(task, kd, part.t, part.on_policy, ratio(part.t)).mean()
                 run.log(loss_kd=kd)
                 run.log(loss_task=task, weights=(~part.on_policy).float())
             if adversarial:  # no hinge here: the student may please D as much as it can
@@ -300,7 +278,7 @@ def train(args):
             run.backward(loss)
             run.log(**collapse_alarm(predicted.detach(), part.x_0))
         run.step(student_optimizers, student)
-        ratio.step(first=step == 0)
+        ratio.step()
         update_ema(ema, student, step, args.ema)
         if run.due():
             run.save(ema, plot=lambda table, out: plot(table, out, logits),

@@ -50,6 +50,12 @@ def half(device):
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+def half_transformer(device):
+    """The dtype of frozen transformers: bfloat16 also on a CPU that multiplies in it (convolutions there are slower so)."""
+    fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.bfloat16 if fast else half(device)
+
+
 def move(batch, device):
     """A NamedTuple of tensors on the device. Whole numbers stay: they count captions, and those lie in the CPU's memory."""
     pinned = torch.device(device).type == "cuda"  # see common.run.ahead; from other memory a copy must not go on beside the program

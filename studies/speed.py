@@ -27,7 +27,7 @@ import step_distill
 from common.arguments import Parser, add_device, integer
 from common.device import describe_machine, half, move, pick_device
 from common.run import update_ema
-from distill import Projector, combine
+from distill import Projector, Ratio, combine, normalized
 from model import PRESETS, UNet
 from teacher import T5_TOKENS, Teacher, WeightedTextAttention
 from train_fm import make_optimizers, noisy_batch, predict
@@ -112,8 +112,9 @@ def make_stage(stage, model, forward, data, teacher, device, args):
     if stage == 2:
         projector = Projector(model.cfg.channels[0], data.shape[-1], teacher.feature_dim, data.shape[-1] // teacher.patch)
         optimizers += make_optimizers(projector.to(device), 1e-5, "adamw")
+        ratios = {name: Ratio().to(device) for name in ("out", "feat")}
     if stage == 3:
-        discriminator, ratio = step_distill.Discriminator(teacher).to(device), step_distill.RunningRatio().to(device)
+        discriminator, ratio = step_distill.Discriminator(teacher).to(device), Ratio().to(device)
         of_heads = torch.optim.AdamW(discriminator.parameters(), lr=1e-5)
         times = flow.sampling_timesteps(4, 3.0)[:-1]
     settings = argparse.Namespace(batch=args.batch, seed=0, on_policy=0.5, weighting="scaled")
@@ -135,8 +136,8 @@ def make_stage(stage, model, forward, data, teacher, device, args):
         predicted, feature = predict(forward, b, layer)
         v_teacher, features = teacher(b.x_t, b.t, b.ids)
         losses = {"task": (predicted - b.v).square().mean((1, 2, 3)), "out": (predicted - v_teacher).square().mean((1, 2, 3)),
-                  "feat": (projector(feature) - features[-1]).square().mean((1, 2, 3))}  # fmt: skip
-        combine(losses, b.t, settings).mean().backward()
+                  "feat": (projector(feature) - normalized(features[-1])).square().mean((1, 2, 3))}  # fmt: skip
+        combine(losses, b.t, ratios, settings).mean().backward()
         finish(step)
 
     def third(step):  # the target is one forward of a few-step teacher, as with SD3.5-Large-Turbo
@@ -157,7 +158,7 @@ def make_stage(stage, model, forward, data, teacher, device, args):
         discriminator.requires_grad_(False)
         v = predict(forward, p)
         kd, task = (v - teacher(p.x_t, p.t, p.ids)[0]).square().mean((1, 2, 3)), (v - p.v).square().mean((1, 2, 3))
-        loss = step_distill.distillation_loss(task, kd, p.t, p.on_policy, ratio.value).mean()
+        loss = step_distill.distillation_loss(task, kd, p.t, p.on_policy, ratio(p.t)).mean()
         (loss - 0.05 * discriminator(*renoised(flow.x0_from_velocity(p.x_t, v, p.t))).mean()).backward()
         finish(step)
 

@@ -56,8 +56,10 @@ def test_scaling_gives_each_loss_its_gradient():
     """d S / d L_task = a_t and d S / d L_kd = (1 - a_t) |L_task| / |L_kd|: the ratio itself has no gradient."""
     task = torch.tensor([0.5, 2.0, 0.1], requires_grad=True)
     other = torch.tensor([0.25, 30.0, 0.2], requires_grad=True)
-    t = torch.tensor([0.5, 0.9, 0.02])
-    value = distill.scaled(task, other, t)
+    t, ratio = torch.tensor([0.5, 0.9, 0.02]), distill.Ratio()
+    ratio.add(task, other, t)
+    ratio.step()
+    value = distill.scaled(task, other, t, ratio(t))
     assert torch.allclose(value, task)  # in value the teacher's part is as large as the task's: a L + (1 - a) L
     value.sum().backward()
     a = distill.timestep_weight(t)
@@ -65,13 +67,35 @@ def test_scaling_gives_each_loss_its_gradient():
     assert torch.allclose(other.grad, (1 - a) * task.detach() / other.detach())
 
 
+def test_ratio_is_a_running_mean_for_each_fifth_of_t():
+    ratio, t = distill.Ratio(), torch.tensor([0.1, 0.15, 0.9, 1.0])
+    assert torch.equal(ratio(t), torch.ones(4))  # nothing known
+    ratio.add(torch.tensor([1.0, 3.0, 8.0, 8.0]), torch.tensor([1.0, 1.0, 2.0, 2.0]), t)
+    assert torch.equal(ratio(t), torch.tensor([2.0, 2.0, 4.0, 4.0]))  # the first step goes by its own
+    ratio.step()
+    assert torch.equal(ratio(t), torch.tensor([2.0, 2.0, 4.0, 4.0])) and ratio(torch.tensor([0.5])) == 1
+    ratio.add(torch.tensor([4.0]), torch.tensor([1.0]), torch.tensor([0.1]))  # a picture that agrees less does not pull harder
+    assert ratio(torch.tensor([0.1])) == 2  # not before the step is over
+    ratio.step()
+    assert torch.allclose(ratio(torch.tensor([0.1, 0.9])), torch.tensor([2 + 0.05 * 2, 4.0]))
+    parts = [distill.Ratio() for _ in range(2)]  # whole, and in two parts of a batch
+    task, kd, t = torch.rand(8), torch.rand(8), torch.rand(8)
+    for k, pieces in enumerate((1, 2)):
+        for piece in zip(task.chunk(pieces), kd.chunk(pieces), t.chunk(pieces), strict=True):
+            parts[k].add(*piece)
+        parts[k].step()
+    assert torch.allclose(parts[0](t), parts[1](t))
+
+
 def test_scaling_does_not_depend_on_the_features_unit():
     """Features ten times as large give the same step: d S / d f is the same for f in metres or in feet."""
-    gradients = []
+    gradients, task, t = [], torch.tensor([0.4]), torch.tensor([0.8])
     for unit in (1.0, 10.0):
-        f = torch.full((1, 8), 0.3, requires_grad=True)
+        f, ratio = torch.full((1, 8), 0.3, requires_grad=True), distill.Ratio()
         feat = ((unit * f - unit * 1.0) ** 2).mean(1)
-        distill.scaled(torch.tensor([0.4]), feat, torch.tensor([0.8])).sum().backward()
+        ratio.add(task, feat, t)
+        ratio.step()
+        distill.scaled(task, feat, t, ratio(t)).sum().backward()
         gradients.append(f.grad)
     assert torch.allclose(*gradients)
 
@@ -80,13 +104,15 @@ def test_total_loss_of_each_setting():
     losses = {"task": torch.tensor([0.5, 1.0]), "out": torch.tensor([0.1, 0.2]), "feat": torch.tensor([3.0, 5.0])}
     t, flags = torch.tensor([0.3, 0.6]), ["--out-weight", "2", "--feat-weight", "0.5", "--weighting"]
     scaled, linear = (distill.parse_arguments([*flags, weighting]) for weighting in ("scaled", "linear"))
-    assert torch.equal(distill.combine({"task": losses["task"]}, t, scaled), losses["task"])
-    assert torch.allclose(distill.combine(losses, t, linear), torch.tensor([0.5 + 2 * 0.1 + 0.5 * 3, 1 + 2 * 0.2 + 0.5 * 5]))
-    total = distill.scaled(losses["task"], losses["out"], t) + distill.scaled(losses["task"], losses["feat"], t)
-    assert torch.isclose(distill.combine(losses, t, scaled), total).all()
+    ratios = {"out": lambda t: 5.0, "feat": lambda t: 0.2}
+    assert torch.equal(distill.combine({"task": losses["task"]}, t, {}, scaled), losses["task"])
+    expected = torch.tensor([0.5 + 2 * 0.1 + 0.5 * 3, 1 + 2 * 0.2 + 0.5 * 5])
+    assert torch.allclose(distill.combine(losses, t, {}, linear), expected)
+    total = sum(distill.scaled(losses["task"], losses[name], t, ratios[name](t)) for name in ("out", "feat"))
+    assert torch.equal(distill.combine(losses, t, ratios, scaled), total)
 
 
-@pytest.mark.parametrize(("side", "teacher_side"), [(8, 4), (4, 4), (2, 4), (16, 4)])
+@pytest.mark.parametrize(("side", "teacher_side"), [(8, 4), (4, 4), (2, 8), (16, 4)])
 def test_phi_matches_channels_and_grid(side, teacher_side):
     phi = distill.Projector(6, side, 10, teacher_side)
     assert phi(torch.randn(2, 6, side, side)).shape == (2, 10, teacher_side, teacher_side)

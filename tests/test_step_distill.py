@@ -228,8 +228,9 @@ def test_distillation_loss():
     """Real points have S, on-policy points the target alone, at the size that the ratio gives it."""
     task, kd = torch.tensor([0.4, 0.8, 5.0], requires_grad=True), torch.tensor([0.1, 0.2, 0.3], requires_grad=True)
     t, on_policy = torch.tensor([0.9, 0.6, 0.75]), torch.tensor([False, False, True])
-    value = step_distill.distillation_loss(task, kd, t, on_policy, torch.tensor(4.0))
-    assert torch.allclose(value[:2], step_distill.scaled(task, kd, t)[:2])
+    ratio = torch.tensor([2.0, 3.0, 4.0])
+    value = step_distill.distillation_loss(task, kd, t, on_policy, ratio)
+    assert torch.allclose(value[:2], step_distill.scaled(task, kd, t, ratio)[:2])
     assert torch.allclose(value[2], 4 * kd[2])
     value.sum().backward()
     assert task.grad[2] == 0 and torch.allclose(kd.grad[2], torch.tensor(4.0)) and (kd.grad[:2] > 0).all()
@@ -282,13 +283,13 @@ def test_both_losses_reach_the_student(home):
 
 
 def test_a_step_that_overflows_leaves_the_ratio_and_the_weights_alone(monkeypatch):
-    ratio = step_distill.RunningRatio()
-    ratio.add(torch.tensor([4.0, 9.0]), torch.tensor([2.0, 9.0]), real=torch.tensor([True, False]))
-    ratio.step(first=True)
-    assert ratio.value == 2
-    ratio.add(torch.tensor([torch.inf, 1.0]), torch.tensor([torch.inf, torch.nan]), real=torch.tensor([True, False]))
-    ratio.step(first=False)
-    assert ratio.value == 2
+    ratio, t, real = step_distill.Ratio(), torch.tensor([0.5, 0.5]), torch.tensor([True, False])
+    ratio.add(torch.tensor([4.0, 9.0]), torch.tensor([2.0, 9.0]), t, real)
+    ratio.step()
+    assert (ratio(t) == 2).all()
+    ratio.add(torch.tensor([torch.inf, 1.0]), torch.tensor([torch.inf, torch.nan]), t, real)
+    ratio.step()
+    assert (ratio(t) == 2).all()
 
     draw_points = step_distill.draw_points
 
