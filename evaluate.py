@@ -46,7 +46,8 @@ NOVEL_FAMILIES = ("counting", "colors", "position", "attribution")  # those whos
 
 @dataclass(frozen=True)
 class Detection:
-    """A found object: centre (x, y) of its box and the box's size, in pixels; overlap with its template, 0..1."""
+    """A found object: centre (x, y) of its box and the box's size, in pixels; overlap with its template, 0..1; purity, 0..1:
+    the share of its pixels, without the outline, whose nearest color is the object's."""
 
     shape: str
     color: str
@@ -55,6 +56,7 @@ class Detection:
     width: float
     height: float
     overlap: float
+    purity: float
 
 
 def _templates(size=32):
@@ -112,6 +114,7 @@ def detect(picture):
         found.append(Detection(
             shape if good else "unknown", list(COLORS)[color] if one_color else "mixed",
             float(x0 + (left + right) / 8), float(y0 + (top + bottom) / 8), float(width), float(height), float(overlaps[shape]),
+            float(votes[color] / votes.sum()),
         ))  # fmt: skip
     return sorted(found, key=lambda d: -d.width * d.height)
 
@@ -174,9 +177,10 @@ def interval(right, n):
 
 
 def score(pictures, captions):
-    """mini-GenEval of pictures with captions: {"families": {...}, "overall", "chance", "interval", "pictures"}.
+    """mini-GenEval of pictures with captions: {"families": {...}, "overall", "chance", "interval", "pictures", "purity"}.
 
-    Each family has score, interval (95 %, Wilson), chance and n. Overall is the mean of the families that occur.
+    Each family has score, interval (95 %, Wilson), chance and n. Overall is the mean of the families that occur. Purity is the mean
+    of all found objects: below 1 where an object has corners or patches of another color.
     """
     found = [detect(picture) for picture in pictures]
     families = {}
@@ -191,10 +195,12 @@ def score(pictures, captions):
             "chance": float(np.mean(other)) if other else 0.0, "n": len(members),
         }  # fmt: skip
     overall = float(np.mean([f["score"] for f in families.values()]))
+    objects = [thing.purity for things in found for thing in things]
     error = np.sqrt(sum(f["score"] * (1 - f["score"]) / f["n"] for f in families.values())) / len(families)
     return {
         "overall": overall, "interval": [max(0.0, float(overall - 1.96 * error)), min(1.0, float(overall + 1.96 * error))],
         "chance": float(np.mean([f["chance"] for f in families.values()])), "families": families, "pictures": len(pictures),
+        "purity": float(np.mean(objects)) if objects else 0.0,
     }  # fmt: skip
 
 
@@ -211,6 +217,7 @@ def table(result, title):
     for name, f in [*result["families"].items(), ("overall", overall)]:
         low, high = f["interval"]
         lines.append(f"{name:14}{f['score']:7.3f}   {low:.3f} to {high:.3f} {f['chance']:7.3f}{f['n']:6}")
+    lines.append(f"{'color purity':14}{result['purity']:7.3f}   share of an object's pixels that have its main color")
     return "\n".join(lines)
 
 
