@@ -63,6 +63,14 @@ def cosine(step, steps, peak, warmup=100):
     return peak * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+def say(bar, step, steps, **values):
+    """Values on the progress bar; without a terminal, a line for the log file every 100 steps."""
+    shown = {name: f"{value:.3g}" for name, value in values.items()}
+    bar.set_postfix(shown, refresh=False)
+    if bar.disable and (step + 1) % 100 == 0:
+        print(f"{bar.desc}: step {step + 1} of {steps}, {shown}", flush=True)
+
+
 def save_part(network, folder):
     """A diffusers or transformers network in half precision, complete or not at all."""
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -101,7 +109,7 @@ def make_autoencoder(out, device, steps=2400, batch=16, lr=1e-3, kl_weight=1e-3,
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        bar.set_postfix(psnr=f"{10 * math.log10(4 / mse.item()):.1f}", kl=f"{kl.item():.2f}", refresh=False)
+        say(bar, step, steps, psnr=10 * math.log10(4 / mse.item()), kl=kl.item())
     vae.eval()
     val = ShapesWorld("val", 0, 256)
     with torch.no_grad():
@@ -271,7 +279,7 @@ def make_text_encoders(out, device, steps=500, batch=128, lr=3e-3, seed=1):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        bar.set_postfix(loss=f"{loss.item():.2f}", told_apart=f"{min(told):.2f}", refresh=False)
+        say(bar, step, steps, loss=loss.item(), told_apart=min(told))
     for name, tower in zip(("text_encoder", "text_encoder_2"), towers, strict=True):
         save_part(tower.cpu(), out / name)
 
@@ -291,7 +299,7 @@ def object_map(scene, cells=8):
     return target.flatten(0, 1).clamp(max=1)
 
 
-def make_teacher(out, device, steps=10_000, batch=64, lr=3e-3, pictures=60_000, seed=2, focus=0.25, state="runs/toy-sd3"):
+def make_teacher(out, device, steps=7_000, batch=64, lr=3e-3, pictures=60_000, seed=2, focus=0.25, state="runs/toy-sd3"):
     """transformer/: the MMDiT, by flow matching on the frozen autoencoder's latents with the frozen CLIPs' states.
 
     A patch is one latent cell, so the picture has 64 tokens. With SD3's patches of 2x2 there are 16, two small objects meet in one,
@@ -368,11 +376,9 @@ def make_teacher(out, device, steps=10_000, batch=64, lr=3e-3, pictures=60_000, 
         log.append(torch.stack([loss, where]).detach())
         if (step + 1) % 100 == 0:
             smooth, smooth_where = torch.stack(log).mean(0).tolist()
-            bar.set_postfix(loss=f"{smooth:.3f}", what_is_where=f"{smooth_where:.2f}", refresh=False)
+            say(bar, step, steps, loss=smooth, what_is_where=smooth_where)
             if not math.isfinite(smooth):
                 raise SystemExit(f"the teacher's loss became NaN by step {step}: lower its learning rate of {lr}.")
-            if bar.disable:  # no terminal: a line for the log file
-                print(f"teacher: step {step + 1} of {steps}, loss {smooth:.3f}, what is where {smooth_where:.3f}", flush=True)
             log = []
         if (step + 1) % 500 == 0 or step + 1 == steps:
             save_state(state, step + 1, settings, optimizers, model=model, ema=ema, readout=readout)
