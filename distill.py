@@ -150,7 +150,8 @@ def train(args):
     run.config |= {"latent_size": list(data.shape[1:]), "sampling": {"steps": 28, "guidance": 3.0, "shift": shift}}
     teacher = projector = feature = None
     if "out" in args.losses:
-        teacher = Teacher(args.teacher, data, run.device, half_transformer(run.device), layers=(args.teacher_layer,))
+        layer = "middle" if args.teacher_layer is None else args.teacher_layer
+        teacher = Teacher(args.teacher, data, run.device, half_transformer(run.device), layers=(layer,))
     if "feat" in args.losses:
         feature, projector = args.student_layer, make_projector(args, student, teacher, data.shape[-1]).to(run.device)
     learners, ratios = [student, projector] if projector else [student], nn.ModuleDict()
@@ -207,11 +208,11 @@ def make_parser(doc=__doc__, example="python distill.py --init runs/fm --steps 1
     p.add_argument("--weighting", choices=("scaled", "linear"), default="scaled", help="timestep-aware, or fixed weights")
     p.add_argument("--out-weight", type=real(0), default=1.0, help="weight of L_kd with --weighting linear")
     p.add_argument("--feat-weight", type=real(0), default=0.25, help="weight of L_feat with --weighting linear")
-    p.add_argument("--student-layer", default="up.2.layers.2", help="UNet layer whose output is f_theta; default: the last")
-    p.add_argument("--teacher-layer", type=integer(), default=-1, help="joint block whose picture tokens are f_T; -1 is the last")
+    p.add_argument("--student-layer", default="up.1.layers.0", help="UNet layer whose output is f_theta; up.2.layers.2 is the last")
+    p.add_argument("--teacher-layer", type=integer(), help="joint block whose tokens are f_T; default: the middle; -1: the last")
     p.add_argument("--teacher-guidance", type=real(0), default=1.0, help="guidance of the teacher's velocity; 1: none")
     arguments.add_data(p)
-    arguments.add_training(p, steps=2500, batch=64, lr=5e-4, seed="seed of phi, noise, timesteps and the data's order")
+    arguments.add_training(p, steps=2500, batch=64, lr=3e-3, seed="seed of phi, noise, timesteps and the data's order")
     arguments.add_run(p, out="runs/distill", save_every=500)
     return p
 

@@ -91,8 +91,8 @@ class Teacher:
         folder: an SD3 folder in diffusers' layout.
         data: the data.Latents whose captions it will be asked about; their T5 states are computed once and cached.
         device, dtype: where and in which precision it runs; velocities and features come back in float32.
-        layers: indices of the joint blocks whose picture tokens are returned as features, -1 the last; None: at a quarter, a
-            half and the end, where a transformer knows about layout, objects, detail.
+        layers: indices of the joint blocks whose picture tokens are returned as features, -1 the last, "middle" the
+            middle one; None: at a quarter, a half and the end, where a transformer knows about layout, objects, detail.
 
     Raises:
         SystemExit: with one sentence, when the folder has no transformer, it cannot be read, or has no such layer.
@@ -111,7 +111,8 @@ class Teacher:
             raise SystemExit(f"cannot read the transformer in {folder}: {error}") from error
         self.net.requires_grad_(False).eval().to(device)
         blocks = self.net.transformer_blocks
-        layers = layers or (len(blocks) // 4, len(blocks) // 2, len(blocks) - 1)
+        layers = layers or (len(blocks) // 4, "middle", len(blocks) - 1)
+        layers = [len(blocks) // 2 if layer == "middle" else layer for layer in layers]
         self.device, self.dtype, self.layers, self.seen = torch.device(device), dtype, tuple(dict.fromkeys(layers)), {}
         for layer in self.layers:
             if not -len(blocks) <= layer < len(blocks):

@@ -63,12 +63,12 @@ def cosine(step, steps, peak, warmup=100):
     return peak * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def say(bar, step, steps, **values):
+def say(part, bar, step, steps, **values):
     """Values on the progress bar; without a terminal, a line for the log file every 100 steps."""
     shown = {name: f"{value:.3g}" for name, value in values.items()}
     bar.set_postfix(shown, refresh=False)
     if bar.disable and (step + 1) % 100 == 0:
-        print(f"{bar.desc}: step {step + 1} of {steps}, {shown}", flush=True)
+        print(f"{part}: step {step + 1} of {steps}, {shown}", flush=True)
 
 
 def save_part(network, folder):
@@ -109,7 +109,7 @@ def make_autoencoder(out, device, steps=2400, batch=16, lr=1e-3, kl_weight=1e-3,
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        say(bar, step, steps, psnr=10 * math.log10(4 / mse.item()), kl=kl.item())
+        say("vae", bar, step, steps, psnr=10 * math.log10(4 / mse.item()), kl=kl.item())
     vae.eval()
     val = ShapesWorld("val", 0, 256)
     with torch.no_grad():
@@ -279,7 +279,7 @@ def make_text_encoders(out, device, steps=500, batch=128, lr=3e-3, seed=1):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        say(bar, step, steps, loss=loss.item(), told_apart=min(told))
+        say("text encoders", bar, step, steps, loss=loss.item(), told_apart=min(told))
     for name, tower in zip(("text_encoder", "text_encoder_2"), towers, strict=True):
         save_part(tower.cpu(), out / name)
 
@@ -376,7 +376,7 @@ def make_teacher(out, device, steps=7_000, batch=64, lr=3e-3, pictures=60_000, s
         log.append(torch.stack([loss, where]).detach())
         if (step + 1) % 100 == 0:
             smooth, smooth_where = torch.stack(log).mean(0).tolist()
-            say(bar, step, steps, loss=smooth, what_is_where=smooth_where)
+            say("teacher", bar, step, steps, loss=smooth, what_is_where=smooth_where)
             if not math.isfinite(smooth):
                 raise SystemExit(f"the teacher's loss became NaN by step {step}: lower its learning rate of {lr}.")
             log = []

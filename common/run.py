@@ -138,7 +138,7 @@ class Run:
         numbers = range(self.start, self.args.steps)
         self.bar = tqdm(total=self.args.steps, initial=self.start, desc=self.stage, mininterval=1,
                         disable=None if self.main else True)  # fmt: skip
-        self.begin, self.last_row = time.time(), self.start
+        self.clock, self.last_row = time.perf_counter(), self.start
         for step, batch in zip(numbers, ahead(make or (lambda step: None), numbers, self.device), strict=True):
             self.now = step
             for group in self.groups():
@@ -201,6 +201,7 @@ class Run:
         names = list(self.sums)
         sums = parallel.total(torch.stack([self.sums[name] for name in names])).cpu()  # (names, BINS + 1, 2): read once
         covered, seen = self.now + 1 - self.last_row, (self.now + 1) * self.args.batch
+        rate = covered * self.args.batch / (time.perf_counter() - self.clock)  # of training, without what measure() and save() take
         self.sums, self.last_row = {}, self.now + 1
         means = sums[..., 0] / sums[..., 1]  # nan for a fifth of t that no picture fell into
         row = dict(zip(names, means[:, -1].tolist(), strict=True))
@@ -215,13 +216,13 @@ class Run:
         measured = measure() if measure else {}
         if not all(math.isfinite(value) for value in measured.values()):
             self.stop_on_nan()
-        rate = (seen - self.start * self.args.batch) / (time.time() - self.begin)
         lr = self.groups()[0]["lr"]
         self.table.add(step=self.now + 1, pictures=seen, **row, **measured, lr=lr, pictures_per_second=rate)
         shown = {name: f"{value:.3f}" for name, value in (row | measured).items() if "_t0" not in name}
         self.bar.set_postfix({name: shown[name] for name in list(shown)[:3]}, refresh=False)
         if measure and self.bar.disable:  # no terminal: a line for the log file
             print(f"step {self.now + 1} of {self.args.steps}: {shown}, {rate:.1f} pictures/s", flush=True)
+        self.clock = time.perf_counter()
 
     def stop_on_nan(self):
         """End the run in one sentence; what was saved before stays as it is."""
@@ -249,6 +250,7 @@ class Run:
         if self.main:
             self.write(ema, samples, plot, kind)
         parallel.wait()
+        self.clock = time.perf_counter()
 
     def write(self, ema, samples, plot, kind):
         """Rank 0's part of save(), while the others wait."""

@@ -1,6 +1,6 @@
 """Stage 2 under the lens: which losses help, who teaches when, and what the students draw.
 
-    python -m studies.losses --ablate --steps 1000 --seeds 2            # five rows: which losses, scaled or not
+    python -m studies.losses --ablate --steps 1000 --seeds 2            # which losses, which layers, scaled or not
     python -m studies.losses --compare runs/task runs/distill           # teacher | students, from the same noise
     python -m studies.losses --plot-scaling assets/zoo/distill          # Fig. 6 in small: who teaches when, and how strongly
 """
@@ -26,14 +26,17 @@ from studies.students import describe_rows, draw_with_teacher, load_students, no
 from teacher import Teacher
 from train_fm import Batch, predict
 
+NONE, FULL, LONGER = "no teacher", "output + features, timestep-aware", "no teacher, for as long"
+LAST = {"teacher_layer": -1, "student_layer": "up.2.layers.2"}
 ROWS = {
-    "no teacher": {"losses": "task", "weighting": "scaled"},
+    NONE: {"losses": "task", "weighting": "scaled"},
+    FULL: {"losses": "task+out+feat", "weighting": "scaled"},
+    "the same, last layers (the paper's)": {"losses": "task+out+feat", "weighting": "scaled", **LAST},
     "output, fixed weight": {"losses": "task+out", "weighting": "linear"},
     "output, timestep-aware": {"losses": "task+out", "weighting": "scaled"},
     "output + features, fixed": {"losses": "task+out+feat", "weighting": "linear"},
-    "output + features, timestep-aware": {"losses": "task+out+feat", "weighting": "scaled"},
 }
-OWN = ("ablate", "compare", "plot_scaling", "seeds", "per_family")  # flags that are no part of a training
+OWN = ("ablate", "compare", "plot_scaling", "rows", "seeds", "per_family")  # flags that are no part of a training
 
 
 @torch.no_grad()
@@ -89,23 +92,33 @@ def compare(args):
 
 
 def ablate(args):
-    """The table: mini-GenEval, validation loss and milliseconds a step of every row."""
-    encoders, results = FrozenEncoders(args.teacher, pick_device(args.device)), {name: [] for name in ROWS}
-    prompts = prompts_of("val", args.per_family, 0)
+    """The table: mini-GenEval, validation loss and milliseconds a step of every row.
+
+    A step with a teacher takes longer. So the first row is trained once more, for as many steps as take the full loss's wall time.
+    """
+    encoders, results = FrozenEncoders(args.teacher, pick_device(args.device)), {}
+    prompts, rows = prompts_of("val", args.per_family, 0), {name: ROWS[name] for name in args.rows or ROWS}
 
     def measure(model, config, encoders):
         return score(draw_pictures(model, config, encoders, prompts, range(len(prompts))), prompts)
 
-    for name, out in train_rows(args, ROWS, distill.train, OWN):
-        report = score_once(out, out / f"mini-geneval-{args.per_family}.json", measure, encoders)
-        table = Log(out / "log.csv", args.steps)
-        results[name].append({"overall": report["overall"], "val_loss": table.column("val_loss")[-1],
-                              "ms_per_step": 1000 * args.batch / table.column("pictures_per_second")[-1]})  # fmt: skip
+    def train(rows):
+        for name, out in train_rows(args, rows, distill.train, OWN):
+            report = score_once(out, out / f"mini-geneval-{args.per_family}.json", measure, encoders)
+            table = Log(out / "log.csv", resume_step=10**9)
+            results.setdefault(name, []).append({
+                "steps": int(table.column("step")[-1]), "overall": report["overall"], "val_loss": table.column("val_loss")[-1],
+                "ms_per_step": 1000 * args.batch / np.median(table.column("pictures_per_second"))})  # fmt: skip
+
+    train(rows)
+    if {NONE, FULL} <= results.keys():
+        slower = np.median([r["ms_per_step"] for r in results[FULL]]) / np.median([r["ms_per_step"] for r in results[NONE]])
+        train({LONGER: {**ROWS[NONE], "steps": round(args.steps * slower)}})
     print(f"\n{describe_rows(args)}")
-    print(f"{'':36}{'mini-GenEval':>13}{'range':>17}{'val loss':>10}{'ms a step':>11}")
+    print(f"{'':38}{'steps':>7}{'mini-GenEval':>13}{'range':>17}{'val loss':>10}{'ms a step':>11}")
     for name, runs in results.items():
         scores, milliseconds = [run["overall"] for run in runs], [run["ms_per_step"] for run in runs]
-        print(f"{name:36}{np.mean(scores):13.3f}{f'{min(scores):.3f} to {max(scores):.3f}':>17}"
+        print(f"{name:38}{runs[0]['steps']:7}{np.mean(scores):13.3f}{f'{min(scores):.3f} to {max(scores):.3f}':>17}"
               f"{np.mean([run['val_loss'] for run in runs]):10.4f}{np.mean(milliseconds):11.0f}")  # fmt: skip
     save_json(results, args.out / "ablation.json")
     print(f"wrote {args.out}/ablation.json")
@@ -114,9 +127,10 @@ def ablate(args):
 def parse_arguments(argv=None):
     p = distill.make_parser(__doc__, "python -m studies.losses --compare assets/zoo/fm assets/zoo/distill")
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--ablate", action="store_true", help="train the five rows of the ablation and print the table")
+    what.add_argument("--ablate", action="store_true", help="train the rows of the ablation and print the table")
     what.add_argument("--compare", metavar="DIR", nargs="+", help="draw the teacher and these students from the same noise")
     what.add_argument("--plot-scaling", metavar="DIR", help="draw a_t and this student's losses over t")
+    p.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help="these rows of --ablate alone, by the names it prints")
     p.add_argument("--seeds", type=integer(1), default=3, help="runs a row, for --ablate: seeds --seed, --seed + 1, ...")
     p.add_argument("--per-family", type=integer(1), default=100, help="mini-GenEval prompts a family, for --ablate")
     p.set_defaults(out=arguments.Path("runs/studies/losses"))

@@ -52,7 +52,7 @@ def train_rows(args, rows, train, study):
     flags = {name: value for name, value in vars(args).items() if name not in study}
     for seed in range(args.seed, args.seed + args.seeds):
         for name, changes in rows.items():
-            out = args.out / "-".join([*changes.values(), f"seed{seed}"])
+            out = args.out / "-".join([*map(str, changes.values()), f"seed{seed}"])
             print(f"-- {name}, seed {seed}")
             train(argparse.Namespace(**{**flags, **changes, "seed": seed, "resume": True, "out": out}))
             yield name, out
