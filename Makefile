@@ -1,11 +1,12 @@
 # make demo   a fresh machine to pictures: environment, a grid from the trained student, a short training, its score
+# make lab    the lab hour: your own student through every stage, from random weights to packages; goes on where it was stopped
 # make test   environment and tests
 # Without make: the commands below, one after the other; README.md shows the first few.
 
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo lab test lint clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -49,6 +50,9 @@ demo: .venv/installed
 	@echo "  runs/demo/zoo-score/table.txt       mini-GenEval of the trained student, with its pictures beside it"
 	@echo "  runs/demo/few-steps-score/table.txt the same for four steps without guidance"
 	@echo "  runs/demo/fm-score/table.txt        the same for your own, after a few minutes of training"
+
+lab: .venv/installed
+	$(PY) -m studies.lab --resume $(LAB)
 
 clean:
 	rm -rf .venv runs/cache runs/demo

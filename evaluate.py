@@ -56,7 +56,7 @@ class Detection:
     width: float
     height: float
     overlap: float
-    purity: float
+    purity: float = 1.0
 
 
 def _templates(size=32):

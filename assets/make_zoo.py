@@ -32,22 +32,27 @@ from common.checkpoint import save_json
 from common.device import describe_machine, pick_device
 
 WORK = Path("runs/zoo")
-TRAININGS = {  # part: (main, its command)
-    "fm": (train_fm.main, "train_fm.py --pictures 60000 --steps 6000 --compile"),
-    "decoder": (decoder.main, "decoder.py"),
-    "distill": (distill.main, "distill.py --init assets/zoo/fm --pictures 60000 --steps 3000 --compile"),
-    "step_distill": (step_distill.main, "step_distill.py --init assets/zoo/distill --pictures 60000 --steps 3000 --watch 0"),
-}
+TRAININGS = {  # part: (main, its command); {out} is --out
+    "fm": (train_fm.main, "train_fm.py --teacher {out}/toy-sd3 --pictures 60000 --steps 6000 --compile"),
+    "decoder": (decoder.main, "decoder.py --vae {out}/toy-sd3"),
+    "distill": (distill.main,
+                "distill.py --init {out}/zoo/fm --teacher {out}/toy-sd3 --pictures 60000 --steps 3000 --compile"),
+    "step_distill": (step_distill.main, "step_distill.py --init {out}/zoo/distill --teacher {out}/toy-sd3 --pictures 60000 "
+                                        "--steps 3000 --watch 0 --compile"),
+}  # fmt: skip
 NEEDS = {"vae": (), "text": (), "teacher": ("vae", "text"), "fm": ("vae", "text"), "decoder": ("vae",),
          "distill": ("teacher", "fm"), "step_distill": ("teacher", "distill")}  # fmt: skip
+
+
+def command_of(part, args):
+    return TRAININGS[part][1].format(out=args.out.as_posix()) if part in TRAININGS else f"-m assets.make_zoo --only {part}"
 
 
 def make(part, args, device):
     """Make one part, or go on with it."""
     toy = args.out / "toy-sd3"
     if part in TRAININGS:
-        main, command = TRAININGS[part]
-        run = WORK / part
+        main, command, run = TRAININGS[part][0], command_of(part, args), WORK / part
         flags = [*shlex.split(command)[1:], "--out", run.as_posix(), "--resume", "--device", str(device)]
         print(f"$ python {command} --out {run.as_posix()}", flush=True)
         main(flags)
@@ -75,12 +80,11 @@ class Record:
         return self.values.get("done")
 
     @contextlib.contextmanager
-    def counting(self, part, device):
+    def counting(self, part, args, device):
         """Time what is inside; written every minute, so that a kill loses no more than that."""
         about, before, start, over = describe_machine(device), self.values.get("minutes", 0.0), time.time(), threading.Event()
         commits = list(dict.fromkeys([*self.values.get("commits", []), about["commit"]]))
-        command = TRAININGS[part][1] if part in TRAININGS else f"-m assets.make_zoo --only {part}"
-        self.values |= {"command": f"python {command}", "machine": about, "commits": commits}
+        self.values |= {"command": f"python {command_of(part, args)}", "machine": about, "commits": commits}
 
         def write(**more):
             self.values |= {"minutes": round(before + (time.time() - start) / 60, 1), **more}
@@ -106,8 +110,8 @@ def parse_arguments(argv=None):
     p.add_argument("--only", nargs="+", choices=NEEDS, default=list(NEEDS), help="these parts; default: all")
     p.add_argument("--force", action="store_true", help="make them again, from nothing, even if they are done")
     p.add_argument("--list", action="store_true", help="only print what is done")
+    p.add_argument("--out", metavar="DIR", type=Path, default=Path("assets"), help="where toy-sd3 and zoo go")
     add_device(p)
-    p.set_defaults(out=Path("assets"))
     return p.parse_args(argv)
 
 
@@ -126,7 +130,7 @@ def main(argv=None):
         if missing := [need for need in NEEDS[part] if not Record(need, args).done]:
             raise SystemExit(f"{part} needs {' and '.join(missing)} first: python -m assets.make_zoo --only {' '.join(missing)}")
         print(f"\n{part}: {'going on' if record.values else 'from nothing'}", flush=True)
-        with record.counting(part, device):
+        with record.counting(part, args, device):
             make(part, args, device)
     print(f"\n{'part':14}{'done':14}{'minutes':>8}   {'commits':20}machine")
     for part in NEEDS:

@@ -5,21 +5,30 @@
     python -m studies.ladder --forward --sdxl        # and of SDXL's UNet (2.6 B parameters)
     python -m studies.ladder --training              # training pictures a second at the widths of --size tiny
     python -m studies.ladder --training --compile --only a f      # the first and the last one, through torch.compile
+    python -m studies.ladder --train --steps 1500    # train every step at class scale on the same data: Fig. 3 in small
 
-Weights are random: time does not depend on them.
+Where nothing is trained weights are random: time does not depend on them. --train runs train_fm.py --ladder STEP for each step and
+seed, keeps what is finished, and draws ladder.png: validation loss and mini-GenEval against parameters, MACs and time.
 """
 
 import json
 import statistics
 import time
+from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
+import train_fm
 from common.arguments import Parser, add_device, integer
+from common.checkpoint import save_json
 from common.device import describe_machine, half, pick_device
-from model import LADDER, PRESETS, UNet, count, ladder
+from common.encoders import FrozenEncoders
+from common.figures import pyplot, save_figure
+from common.run import Log
+from model import LADDER, PAPER_LADDER, PRESETS, UNet, count, ladder
+from studies.students import mini_geneval, train_rows
 
 # The paper's latency on iPhone 15 Pro (Sec. 3.1, Fig. 3).
 PAPER_LATENCY = {"b": "-24 %", "c1": "-62 %", "c2": "2.4x faster than b", "d2": "-9 %"}
@@ -133,6 +142,53 @@ def report_training(args, device):
     return {"training_pictures_per_second": speed}
 
 
+def train(args, device):
+    """Stage 1 for every step of the ladder and every seed: the table, ladder.png, ladder.json."""
+    encoders, results = FrozenEncoders(args.teacher, device), {step: [] for step in args.only}
+    flags = {"teacher": args.teacher, "steps": args.steps, "save-every": args.steps, "pictures": args.pictures, "batch": args.batch,
+             "device": device}  # fmt: skip
+    flags = [text for name, value in flags.items() for text in (f"--{name}", str(value))] + ["--compile"] * args.compile
+    settings = train_fm.parse_arguments(flags)
+    settings.seeds = args.seeds
+    for step, out in train_rows(settings, {step: {"ladder": step} for step in args.only}, train_fm.train, ("seeds",), args.out):
+        log = Log(out / "log.csv", resume_step=args.steps)
+        results[step].append({"score": mini_geneval(out, encoders, args.per_family)["overall"],
+                              "val_loss": log.column("val_loss")[-1],
+                              "ms_per_step": 1000 * args.batch / statistics.median(log.column("pictures_per_second"))})  # fmt: skip
+    print(f"\n{args.steps} training steps of {args.batch}, {args.seeds} seeds, {6 * args.per_family} prompts, "
+          f"{describe_machine(device)}")  # fmt: skip
+    print(f"{'step':5}{'params M':>9}{'MMACs':>8}{'ms a step':>10}{'val loss':>10}{'range':>18}{'mini-GenEval':>14}{'range':>16}"
+          "   the paper")  # fmt: skip
+    for step, runs in results.items():
+        params, macs = count(ladder(step, PRESETS["tiny"]), 8, 13)
+        losses, scores = [run["val_loss"] for run in runs], [run["score"] for run in runs]
+        print(f"{step:5}{params / 1e6:9.2f}{macs / 1e6:8.1f}{statistics.mean(run['ms_per_step'] for run in runs):10.0f}"
+              f"{statistics.mean(losses):10.4f}{f'{min(losses):.4f} to {max(losses):.4f}':>18}{statistics.mean(scores):14.3f}"
+              f"{f'{min(scores):.3f} to {max(scores):.3f}':>16}   {PAPER_LADDER[step]}")  # fmt: skip
+    plot(results, args)
+    save_json(results, args.out / "ladder.json")
+    print(f"wrote {args.out}/ladder.png, ladder.json")
+    return {"trained": results}
+
+
+def plot(results, args):
+    """ladder.png: each step a point, the bar over its seeds; smaller and to the left is cheaper."""
+    figure, axes = pyplot().subplots(2, 3, figsize=(13, 7.5), sharey="row")
+    for step, runs in results.items():
+        params, macs = count(ladder(step, PRESETS["tiny"]), 8, 13)
+        costs = (params / 1e6, macs / 1e6, statistics.mean(run["ms_per_step"] for run in runs))
+        for row, column in enumerate(("val_loss", "score")):
+            values = [run[column] for run in runs]
+            middle = statistics.mean(values)
+            for axis, cost in zip(axes[row], costs, strict=True):
+                axis.errorbar(cost, middle, [[middle - min(values)], [max(values) - middle]], fmt="o", capsize=3)
+                axis.annotate(step, (cost, middle), xytext=(5, 4), textcoords="offset points")
+    for axis, label in zip(axes[1], ("parameters, M", "MACs of a forward, M", "ms of a training step"), strict=True):
+        axis.set_xlabel(label)
+    axes[0][0].set_ylabel("validation loss"), axes[1][0].set_ylabel("mini-GenEval")
+    save_figure(figure, args.out / "ladder.png")
+
+
 def report_parts():
     report = {}
     for name, side in (("imagenet", 32), ("tiny", 8)):
@@ -148,23 +204,35 @@ def parse_arguments(argv=None):
     what = p.add_mutually_exclusive_group()
     what.add_argument("--forward", action="store_true", help="time one forward of each step at the paper's widths")
     what.add_argument("--training", action="store_true", help="time training at the widths of --size tiny")
+    what.add_argument("--train", action="store_true", help="train each step at the widths of --size tiny, or go on with that")
     p.add_argument("--only", nargs="+", choices=LADDER, default=list(LADDER), help="these steps; default: all")
     p.add_argument("--latent", type=integer(4, multiple=4), default=32, help="side of the latent, for --forward")
-    p.add_argument("--batch", type=integer(1), help="latents at once; default: 1 for --forward, 64 for --training")
+    p.add_argument("--batch", type=integer(1), help="latents at once; default: 1 for --forward, 64 for training")
     p.add_argument("--rounds", type=integer(1), default=5, help="turns of each step, of which the median counts")
     p.add_argument("--sdxl", action="store_true", help="with --forward, also SDXL's UNet")
-    p.add_argument("--compile", action="store_true", help="with --training: torch.compile each first, some minutes a step")
+    p.add_argument("--compile", action="store_true", help="with --training, --train: torch.compile each first, some minutes a step")
+    p.add_argument("--steps", type=integer(1), default=1500, help="training steps, for --train")
+    p.add_argument("--pictures", type=integer(1), default=20_000, help="different pictures to train on, for --train")
+    p.add_argument("--seeds", type=integer(1), default=2, help="runs of each step, for --train: seeds 0, 1, ...")
+    p.add_argument("--per-family", type=integer(1), default=100, help="mini-GenEval prompts a family, for --train")
+    p.add_argument("--teacher", metavar="DIR", default="assets/toy-sd3", help="SD3 folder whose encoders are used, for --train")
+    p.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/studies/ladder"), help="where --train writes")
     p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     add_device(p)
     args = p.parse_args(argv)
-    args.batch = args.batch or (64 if args.training else 1)
+    args.batch = args.batch or (64 if args.training or args.train else 1)
     return args
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     device = pick_device(args.device)
-    report = report_forward(args, device) if args.forward else report_training(args, device) if args.training else report_parts()
+    if args.train:
+        report = train(args, device)
+    elif args.forward or args.training:
+        report = (report_forward if args.forward else report_training)(args, device)
+    else:
+        report = report_parts()
     if args.json:
         print(json.dumps(report))
 

@@ -20,9 +20,9 @@ from common.figures import captioned_grid, pyplot, save_figure
 from common.run import Log
 from common.seeds import rng
 from data import open_data
-from evaluate import prompts_of, score
+from evaluate import prompts_of
 from sample import draw_pictures
-from studies.students import describe_rows, draw_with_teacher, load_students, noise_for, score_once, train_rows
+from studies.students import describe_rows, draw_with_teacher, load_students, mini_geneval, noise_for, train_rows
 from teacher import Teacher
 from train_fm import Batch, predict
 
@@ -97,20 +97,16 @@ def ablate(args):
     A step with a teacher takes longer. So the first row is trained once more, for as many steps as take the full loss's wall time.
     """
     encoders, results = FrozenEncoders(args.teacher, pick_device(args.device)), {}
-    prompts, rows = prompts_of("val", args.per_family, 0), {name: ROWS[name] for name in args.rows or ROWS}
-
-    def measure(model, config, encoders):
-        return score(draw_pictures(model, config, encoders, prompts, range(len(prompts))), prompts)
 
     def train(rows):
         for name, out in train_rows(args, rows, distill.train, OWN):
-            report = score_once(out, out / f"mini-geneval-{args.per_family}.json", measure, encoders)
+            report = mini_geneval(out, encoders, args.per_family)
             table = Log(out / "log.csv", resume_step=10**9)
             results.setdefault(name, []).append({
                 "steps": int(table.column("step")[-1]), "overall": report["overall"], "val_loss": table.column("val_loss")[-1],
                 "ms_per_step": 1000 * args.batch / np.median(table.column("pictures_per_second"))})  # fmt: skip
 
-    train(rows)
+    train({name: ROWS[name] for name in args.rows or ROWS})
     if {NONE, FULL} <= results.keys():
         slower = np.median([r["ms_per_step"] for r in results[FULL]]) / np.median([r["ms_per_step"] for r in results[NONE]])
         train({LONGER: {**ROWS[NONE], "steps": round(args.steps * slower)}})

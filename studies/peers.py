@@ -98,9 +98,9 @@ class DiT(nn.Module):
 
 
 def build(name, cfg, side):
-    if name == "ours":
-        return UNet(cfg)
-    return DiffusersUNet(cfg) if name == "diffusers" else DiT(cfg, side)
+    net = UNet(cfg) if name == "ours" else DiffusersUNet(cfg) if name == "diffusers" else DiT(cfg, side)
+    net.cfg = cfg  # what drawing needs to know: widths of text and latents
+    return net
 
 
 def train(name, args, data, val, encoders, prompts):

@@ -11,6 +11,8 @@ from common.encoders import FrozenEncoders
 from common.pictures import to_pictures
 from common.seeds import rng
 from data import Latents
+from evaluate import prompts_of, score
+from sample import draw_pictures
 from step_distill import solve
 from teacher import Teacher
 
@@ -46,13 +48,14 @@ def noise_for(prompts, seed, config, encoders):
     return torch.stack([torch.randn(shape, generator=rng(seed + i)) for i in range(len(prompts))]).to(encoders.device)
 
 
-def train_rows(args, rows, train, study):
+def train_rows(args, rows, train, study, folder=None):
     """Train every row ({name: flags}) with seeds --seed, --seed + 1, ... and yield (name, folder) as each is done. What is finished
-    is kept: call again to go on. `study`: names of flags that are the study's own, and no part of a training."""
+    is kept: call again to go on. `study`: names of flags that are the study's own, and no part of a training. Runs lie in `folder`,
+    or --out."""
     flags = {name: value for name, value in vars(args).items() if name not in study}
     for seed in range(args.seed, args.seed + args.seeds):
         for name, changes in rows.items():
-            out = args.out / "-".join([*map(str, changes.values()), f"seed{seed}"])
+            out = (folder or args.out) / "-".join([*map(str, changes.values()), f"seed{seed}"])
             print(f"-- {name}, seed {seed}")
             train(argparse.Namespace(**{**flags, **changes, "seed": seed, "resume": True, "out": out}))
             yield name, out
@@ -63,6 +66,16 @@ def score_once(folder, path, measure, encoders):
     if not path.is_file():
         save_json(measure(*load_student(folder, encoders.device), encoders), path)
     return json.loads(path.read_text())
+
+
+def mini_geneval(folder, encoders, per_family):
+    """evaluate.score() of a student folder, drawn as its config says, seed 0; kept beside it."""
+    prompts = prompts_of("val", per_family, 0)
+
+    def measure(model, config, encoders):
+        return score(draw_pictures(model, config, encoders, prompts, range(len(prompts))), prompts)
+
+    return score_once(folder, folder / f"mini-geneval-{per_family}.json", measure, encoders)
 
 
 def describe_rows(args):

@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 
 import evaluate
 from common.distances import kid
-from common.shapes import FAMILIES, ShapesWorld, draw, make_scene
+from common.shapes import COLORS, FAMILIES, ShapesWorld, draw, make_scene
 from evaluate import NOVEL_FAMILIES, check_detector, detect, falsify, holds, interval, is_on_side, score
 
 
@@ -69,6 +69,17 @@ def test_score_of_true_pictures_and_of_shuffled_ones():
     assert 0 < result["chance"] < 0.3 and result["families"]["single"]["chance"] == pytest.approx(0.25, abs=0.15)
     shifted = score(pictures[12:] + pictures[:12], captions)  # every picture under a caption of another family
     assert shifted["overall"] < 0.2
+
+
+def test_purity_is_the_share_of_the_main_color():
+    picture = Image.new("RGB", (64, 64), (240, 240, 240))
+    picture.paste(COLORS["red"], (20, 20, 40, 40))
+    picture.paste(COLORS["blue"], (20, 20, 25, 40))  # without the outline 4 of 18 columns
+    (found,) = detect(picture)
+    assert found.color == "red" and found.purity == pytest.approx(14 / 18, abs=0.01)
+    result = score([picture, draw(make_scene("val", 0, 0))], ["a photo of a red square", "a photo of a star"])
+    assert 14 / 18 < result["purity"] < 1 and f"color purity  {result['purity']:7.3f}" in evaluate.table(result, "")
+    assert score([Image.new("RGB", (64, 64), "white")], ["a photo of a star"])["purity"] == 0  # nothing found
 
 
 def test_wilson_interval():

@@ -1,13 +1,19 @@
-"""Studies: speed times the stages' own steps, which learn and whose FLOPs are the networks'; ladder times and counts each step."""
+"""Studies: speed times the stages' own steps, which learn and whose FLOPs are the networks'; ladder times and counts each step;
+peers are comparable; the lab and the zoo go on where they were stopped."""
 
 import argparse
+import importlib
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
 
+import train_fm
+from assets import make_zoo
 from model import LADDER, PRESETS, UNet, UNetConfig, count
-from studies import ladder, speed
+from studies import lab, ladder, peers, speed
 
 SMALL = ["--size", "tiny", "--batch", "2", "--tokens", "13", "--device", "cpu", "--rounds", "1"]
 
@@ -80,3 +86,125 @@ def test_parts_of_the_unet(capsys):
     ladder.main(["--json"])
     parts = json.loads(capsys.readouterr().out.splitlines()[-1])["parts"]
     assert sum(macs for _, macs in parts["imagenet"].values()) == count(PRESETS["imagenet"], 32)[1]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Peers, the lab, the zoo
+
+
+def test_peers_are_of_one_size_and_take_the_same_inputs():
+    cfg = PRESETS["tiny"]
+    inputs = torch.randn(2, 16, 8, 8), torch.rand(2), torch.randn(2, 13, cfg.text_dim), torch.ones(2, 13, dtype=torch.bool)
+    sizes = {}
+    for name in ("ours", "diffusers", "dit"):
+        net = peers.build(name, cfg, 8)
+        out = net(*inputs)
+        out.square().mean().backward()
+        assert out.shape == (2, 16, 8, 8)
+        sizes[name] = sum(p.numel() for p in net.parameters())
+        assert len(train_fm.make_optimizers(net, 1e-3, "muon")[1].param_groups[0]["params"]) > 50  # blocks of all three
+    assert sizes["dit"] == pytest.approx(sizes["ours"], rel=0.06) and sizes["diffusers"] > sizes["ours"]
+
+
+def test_a_peer_does_not_see_padding():
+    cfg = PRESETS["tiny"]
+    x, t, text = torch.randn(1, 16, 8, 8), torch.rand(1), torch.randn(1, 13, cfg.text_dim)
+    mask = torch.arange(13)[None] < 7
+    for name in ("ours", "diffusers", "dit"):
+        net = peers.build(name, cfg, 8).eval()
+        for w in net.parameters():  # gates and last layers start at zero
+            torch.nn.init.normal_(w, 0, 0.05)
+        with torch.no_grad():
+            one, other = (net(x, t, text + noise * ~mask[..., None], mask) for noise in (0.0, 3.0))
+            seen = net(x, t, text + 3.0 * mask[..., None], mask)
+        assert torch.allclose(one, other, atol=1e-4) and not torch.allclose(one, seen, atol=1e-3), name
+
+
+@pytest.mark.usefixtures("at_home")
+def test_peers_train_and_are_drawn(capsys):
+    peers.main(["--minutes", "0.03", "--only", "dit", "--points", "1", "--per-family", "1", "--pictures", "64", "--batch", "4",
+                "--device", "cpu"])  # fmt: skip
+    report = json.loads(Path("runs/studies/peers/peers.json").read_text())["dit"]
+    assert Path("runs/studies/peers/peers.png").is_file() and report["parameters"] > 6e6
+    assert report["rows"][-1]["step"] > 2 and 0 < report["rows"][-1]["val_loss"] < 3
+    assert "dit " in capsys.readouterr().out
+
+
+def test_every_command_of_the_lab_is_one_that_its_stage_understands(tmp_path, capsys):
+    lab.main(["--dry", "--out", str(tmp_path), "--seed", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(lab.STAGES) == 5
+    for line in lines:
+        _, script, *flags = shlex.split(line)
+        args = importlib.import_module(script.removesuffix(".py")).parse_arguments(flags)
+        assert Path(args.out).parent == tmp_path and getattr(args, "seed", 3) == 3
+    assert f"--init {tmp_path}/fm" in lines[1] and f"--init {tmp_path}/distill" in lines[3]
+
+
+def test_the_lab_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    ran = []
+
+    def stage(name, fails=False):
+        def main(flags):
+            ran.append((name, "--resume" in flags))
+            if fails and len(ran) == 2:
+                raise KeyboardInterrupt
+
+        return name, main, "--out {out}/" + name
+
+    monkeypatch.setattr(lab, "STAGES", {"fm": stage("fm"), "distill": stage("distill", fails=True), "build": stage("build")})
+    args, done = lab.parse_arguments(["--out", str(tmp_path)]), {}
+    with pytest.raises(KeyboardInterrupt):
+        lab.run_stages(args, done)
+    done = json.loads((tmp_path / "lab.json").read_text())
+    assert done["fm"]["complete"] and "complete" not in done["distill"] and done["distill"]["seconds"] >= 0
+    lab.run_stages(args, done)
+    assert ran == [("fm", True), ("distill", True), ("distill", True), ("build", False)] and done["distill"]["complete"]
+    with pytest.raises(SystemExit, match="go on with --resume"):
+        lab.main(["--out", str(tmp_path)])
+
+
+def test_the_zoo_is_made_in_order_and_each_part_once(tmp_path, monkeypatch, capsys):
+    made = []
+
+    def make(part, args, device):
+        made.append(part)
+        if made == ["vae", "text"]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(make_zoo, "make", make)
+    monkeypatch.setattr(make_zoo, "WORK", tmp_path / "work")
+    flags = ["--out", str(tmp_path), "--device", "cpu"]
+    with pytest.raises(SystemExit, match="fm needs vae and text first"):
+        make_zoo.main([*flags, "--only", "fm"])
+    with pytest.raises(KeyboardInterrupt):
+        make_zoo.main(flags)
+    log = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "zoo" / "log").iterdir()}
+    assert log["vae"]["done"] and "done" not in log["text"] and log["text"]["minutes"] >= 0 and log["vae"]["commits"]
+    make_zoo.main(flags)
+    assert made == ["vae", "text", "text", "teacher", "fm", "decoder", "distill", "step_distill"]
+    make_zoo.main([*flags, "--only", "fm", "--force"])
+    assert made[-1] == "fm" and len(made) == 9
+    make_zoo.main([*flags, "--list"])
+    assert len(made) == 9 and "step_distill" in capsys.readouterr().out
+
+
+def test_the_zoos_commands_are_ones_that_the_stages_understand():
+    for part in make_zoo.TRAININGS:
+        script, *flags = shlex.split(make_zoo.command_of(part, argparse.Namespace(out=Path("assets"))))
+        importlib.import_module(script.removesuffix(".py")).parse_arguments(flags)
+
+
+@pytest.mark.usefixtures("at_home")
+def test_the_ladder_is_trained_step_by_step(capsys):
+    flags = ["--train", "--only", "a", "f", "--steps", "2", "--pictures", "64", "--batch", "2", "--seeds", "1", "--per-family", "1",
+             "--device", "cpu"]  # fmt: skip
+    ladder.main(flags)
+    folder = Path("runs/studies/ladder")
+    shapes = {step: json.loads((folder / f"{step}-seed0" / "config.json").read_text())["unet"] for step in "af"}
+    assert not shapes["a"]["separable"] and shapes["f"]["separable"] and shapes["a"]["channels"] == shapes["f"]["channels"]
+    assert (folder / "ladder.png").is_file() and json.loads((folder / "ladder.json").read_text())["a"][0]["val_loss"] > 0
+    weights = (folder / "a-seed0" / "model.safetensors").stat().st_mtime_ns
+    ladder.main(flags)  # what is finished is kept
+    assert weights == (folder / "a-seed0" / "model.safetensors").stat().st_mtime_ns
+    assert "FID 3.76" in capsys.readouterr().out
