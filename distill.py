@@ -4,7 +4,7 @@ The student UNet goes on learning, now from the data and from a frozen MMDiT of 
 
     L_task = || v_theta(x_t, t, c) - (eps - x_0) ||^2           stage 1's loss: the data's own velocity            [S]
     L_kd   = || v_T(x_t, t, c) - v_theta(x_t, t, c) ||^2        output ("out"): the teacher's velocity, noise-free [S]
-    L_feat = || f_T - phi(f_theta) ||^2                         features: of the last transformer layers           [S]
+    L_feat = || f_T - phi(f_theta) ||^2                         features: what both know half-way through          [S, A]
 
     L = S(L_task, L_kd) + S(L_task, L_feat)                                                                        [R]
     S(L_task, L_kd) = E_t[ a_t L_task^t + (1 - a_t) sg(|L_task^t| / |L_kd^t|) L_kd^t ]      timestep-aware scaling [R]
@@ -13,13 +13,15 @@ a_t is the density of the logit-normal: the middle of the path learns from the d
 
     python distill.py                                   # class scale: from runs/fm (or the zoo's), teacher assets/toy-sd3
     python distill.py --losses task --out runs/task     # the same without a teacher, to compare with
+    python distill.py --teacher-layer -1 --student-layer up.2.layers.2 --out runs/last      # features of the last layers, as in [S]
     python distill.py --size t2i --init runs/t2i --teacher stable-diffusion-3.5-large --data DIR --lr 1e-4   # the paper's
 
 Comparisons, the ablation and Fig. 6 in small: studies/losses.py. Writes runs/distill, as stage 1 does; the projection head phi
 stays in train_state/ and is no part of the student.
 
 Sec. 3.3 was not available to us in the original: [S] and [R] as in the README. Our own assumptions [A]: a_t is 1 at its largest;
-L^t is the loss of each picture at its own t; the features compared, the shape of phi, the fixed weights of --weighting linear.
+|L^t| is a running mean for each fifth of t; features of middle layers, which know where things will be, with the teacher's normalised;
+the shape of phi; the fixed weights of --weighting linear.
 """
 
 import torch

@@ -29,6 +29,7 @@ import flow
 from common import arguments, parallel
 from common.device import autocast, move, take
 from common.figures import curves
+from common.muon import Muon
 from common.run import BINS, Run, update_ema
 from common.seeds import noise_rows, rng
 from data import open_data, sample_prompts
@@ -101,7 +102,7 @@ def make_optimizers(model, lr, kind):
     """AdamW for all weights; or, with kind "muon", Muon for the matrices of the transformer blocks and AdamW for the rest.
 
     Muon makes the step of a matrix orthogonal, so that no direction starves; AdamW scales each number by itself. At class
-    scale it learns faster [A]. `match_rms_adamw` lets both use one learning rate.
+    scale it learns faster [A].
     """
     named = model.named_parameters()
     in_block = re.compile(r"(^|\.|transformer_)blocks\.")  # diffusers' name, too
@@ -110,7 +111,7 @@ def make_optimizers(model, lr, kind):
     others = [w for w in model.parameters() if id(w) not in chosen]
     optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(matrices, lr=lr, weight_decay=0.01))
     return optimizers
 
 

@@ -49,6 +49,7 @@ from common.arguments import Parser, add_device, integer, real
 from common.checkpoint import load_state, save_json, save_state
 from common.device import half_transformer, pick_device
 from common.encoders import FrozenEncoders
+from common.muon import Muon
 from common.pictures import to_tensor
 from common.run import learning_rate, update_ema
 from common.seeds import batch_indices, rng
@@ -236,7 +237,7 @@ def make_text_encoders(out, device, steps=500, batch=128, lr=3e-3, seed=1):
     others = [w for w in everything.parameters() if not any(w is matrix for matrix in matrices)]
     optimizers = [
         torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=lr, weight_decay=0.01),
     ]
     families = ["single", "two", "counting", "counting", "colors"] + 4 * ["position"] + 3 * ["attribution"]
     bar = tqdm(range(steps), desc="text encoders", mininterval=1, disable=None)
@@ -340,7 +341,7 @@ def make_teacher(out, device, steps=7_000, batch=64, lr=3e-3, pictures=60_000, s
     others = [p for p in parameters if not any(p is matrix for matrix in matrices)]
     optimizers = [
         torch.optim.AdamW(others, lr=lr, fused=True, betas=(0.9, 0.99), weight_decay=0.01),
-        torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=lr, weight_decay=0.01),
     ]
     settings = {"steps": steps, "batch": batch, "lr": lr, "seed": seed, "pictures": world.name, "focus": focus}
     settings["encoders"] = encoders.fingerprint()

@@ -126,11 +126,11 @@ def test_hard_negatives_are_false_of_the_picture(family):
 def test_object_map_covers_the_objects():
     scene = make_scene("val", 0, 0, "attribution")
     target = object_map(scene)
-    assert target.shape == (16, 24) and target.min() >= 0 and target.max() <= 1
+    assert target.shape == (64, 24) and target.min() >= 0 and target.max() <= 1
     classes = set(target.sum(0).nonzero().flatten().tolist())
     assert len(classes) == 2
     area = sum((2 * thing.radius) ** 2 for thing in scene.things) / 64**2
-    assert target.sum().item() / 16 == pytest.approx(area, rel=1e-3)
+    assert target.sum().item() / 64 == pytest.approx(area, rel=1e-3)
 
 
 def test_a_wrong_folder_ends_in_one_sentence(tmp_path):

@@ -14,10 +14,12 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from torch import nn
 
 import flow
 import train_fm
 from common import checkpoint, run
+from common.muon import Muon
 from model import PRESETS, UNet
 
 pytestmark = pytest.mark.usefixtures("at_home")
@@ -80,7 +82,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(finished, home):
 
 
 def test_resume_refuses_other_settings(finished):
-    with pytest.raises(SystemExit, match="--lr was 0.001, is 0.5"):
+    with pytest.raises(SystemExit, match="--lr was 0.003, is 0.5"):
         train_fm.main([*SMALL, "--steps", "8", "--out", "runs/whole", "--lr", "0.5", "--resume"])
 
 
@@ -184,6 +186,23 @@ def test_noise_depends_on_seed_and_step_alone_and_captions_are_dropped():
     assert (a[3] == 0).float().mean().item() == pytest.approx(0.1, abs=0.02)
     x_t, t, v = a[:3]
     assert torch.allclose(x_t, t.view(-1, 1, 1, 1) * v, atol=1e-6)  # with x_0 = 0: x_t = t eps, v = eps
+
+
+def test_muon_is_torchs():
+    """Matrices together, or one after the other as torch.optim.Muon does: the same weights, also after a reload of the state."""
+    torch.manual_seed(0)
+    shapes = [(8, 24), (24, 8), (8, 24), (16, 16), (1, 5)]
+    ours, theirs = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    a = Muon(ours, lr=0.1, weight_decay=0.1)
+    b = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(4):
+        for x, y in zip(ours, theirs, strict=True):
+            x.grad = torch.randn_like(x) if step != 2 else torch.zeros_like(x)
+            y.grad = x.grad.clone()
+        a.step(), b.step()
+        state, a = a.state_dict(), Muon(ours, lr=0.1, weight_decay=0.1)
+        a.load_state_dict(state)
+    assert all(torch.allclose(x, y, atol=1e-3) for x, y in zip(ours, theirs, strict=True))
 
 
 def test_muon_takes_the_matrices_of_the_transformers_and_adamw_all_else(home):
