@@ -40,6 +40,12 @@ def describe_machine(device):
     return {"device": name, "python": platform.python_version(), "torch": torch.__version__, "commit": git or "unknown"}
 
 
+def keep_compiled(folder="runs/cache/inductor"):
+    """What torch.compile makes is kept in `folder`, and the next run finds it: its own place is /tmp, which a reboot empties.
+    Call it before anything is compiled."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(folder).absolute()))
+
+
 def autocast(device):
     """Inside it a GPU multiplies and convolves in bfloat16, with weights and sums in float32; elsewhere nothing changes."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
