@@ -179,15 +179,16 @@ def open_encoders(args, cfg, config):
     if config.get("gemma") and wanted:
         raise SystemExit(f"{args.model} reads its captions with Gemma too, and only CLIP text models are exported: run a "
                          "language model elsewhere, and give --parts unet decoder.")  # fmt: skip
-    for name in ("text_encoder", "text_encoder_2"):
-        path = folder / name / "config.json"
-        if path.is_file() and (kind := json.loads(path.read_text()).get("model_type")) != "clip_text_model":
-            if wanted:  # billions of weights do not belong on a phone, and the layers are not CLIP's
-                raise SystemExit(f"{folder / name} is a {kind}, and only CLIP text models are exported: run a language model "
-                                 "elsewhere, and give its states to the UNet (--parts unet decoder).")  # fmt: skip
-            encoders, tokenizers = FrozenAutoencoder(folder), []
-            text, mask = torch.randn(1, 77, cfg.text_dim, generator=rng(0)), torch.ones(1, 77)  # will do to check a program
-            break
+    paths = [folder / name / "config.json" for name in ("text_encoder", "text_encoder_2")]
+    kinds = {p.parent: json.loads(p.read_text()).get("model_type") for p in paths if p.is_file()}
+    others = {path: kind for path, kind in kinds.items() if kind != "clip_text_model"}
+    if others and wanted:  # billions of weights do not belong on a phone, and the layers are not CLIP's
+        path, kind = next(iter(others.items()))
+        raise SystemExit(f"{path} is a {kind}, and only CLIP text models are exported: run a language model elsewhere, and give "
+                         "its states to the UNet (--parts unet decoder).")  # fmt: skip
+    if others:
+        encoders, tokenizers = FrozenAutoencoder(folder), []
+        text, mask = torch.randn(1, 77, cfg.text_dim, generator=rng(0)), torch.ones(1, 77)  # will do to check a program
     else:
         encoders, tokenizers = FrozenEncoders(folder), ["tokenizer", "tokenizer_2"]
         if wanted and cfg.text_dim < encoders.text_dim:

@@ -129,11 +129,20 @@ def add_device(p):
     p.add_argument("--device", help="cuda, mps or cpu; chosen by itself if not given")
 
 
+class Interval(argparse.Action):
+    """Two numbers, the lower one first."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if values[0] > values[1]:
+            parser.error(f"{option_string} wants the lower number first, not {values[0]:g} {values[1]:g}")
+        setattr(namespace, self.dest, values)
+
+
 def add_sampling(p):
     """--steps --guidance --guidance-interval --shift --decoder: how a student draws, if not as its config says."""
     p.add_argument("--steps", type=integer(1), help="Euler steps; default: what the student was made for")
     p.add_argument("--guidance", type=real(0), help="classifier-free guidance, 1 = none; default: the student's")
-    p.add_argument("--guidance-interval", type=real(0, 1), nargs=2, metavar=("LOW", "HIGH"),
+    p.add_argument("--guidance-interval", type=real(0, 1), nargs=2, metavar=("LOW", "HIGH"), action=Interval,
                    help="guide only while t, 1 = noise, is within it; default: the student's, or always")  # fmt: skip
     p.add_argument("--shift", type=real(above=0), help="timestep shift; default: the student's")
     p.add_argument("--decoder", metavar="DIR", help="tiny decoder, such as assets/zoo/decoder; default: the teacher's own")
