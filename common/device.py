@@ -25,19 +25,22 @@ def pick_device(name=None):
     return device
 
 
-def describe_machine(device):
-    """What a reader needs to compare numbers: device, cores, versions, git commit."""
+def git(*words):
+    """What git says in the project's folder; nothing where there is no git."""
     try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                             cwd=Path(__file__).parent, timeout=10).stdout.strip()  # fmt: skip
+        where = Path(__file__).parent
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=where, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
-        git = ""
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type}, {torch.get_num_threads()} threads"
-    )
-    return {"device": name, "python": platform.python_version(), "torch": torch.__version__, "commit": git or "unknown"}
+        return ""
+
+
+def describe_machine(device):
+    """What a reader needs to compare numbers: device, cores, versions, git commit ("-dirty" when code has changed since)."""
+    cpu = f"{device.type}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    commit = git("describe", "--always") or "unknown"
+    commit += "-dirty" if git("diff", "--name-only", "HEAD", "--", ":/*.py") else ""  # weights under assets/ are what runs make
+    return {"device": name, "python": platform.python_version(), "torch": torch.__version__, "commit": commit}
 
 
 def keep_compiled(folder="runs/cache/inductor"):
