@@ -132,3 +132,9 @@ def test_a_student_refuses_the_latents_of_another_autoencoder(tmp_path):
     (tmp_path / "model.safetensors").write_bytes((ROOT / "assets/zoo/fm/model.safetensors").read_bytes()[:1000])
     with pytest.raises(SystemExit, match="cannot be read as a student"):
         load_student(tmp_path)
+
+
+def test_guidance_interval_wants_the_lower_number_first():
+    assert sample.parse_arguments(["x", "--guidance-interval", "0.1", "0.9"]).guidance_interval == [0.1, 0.9]
+    with pytest.raises(SystemExit, match="the lower number first, not 0.9 0.1"):
+        sample.parse_arguments(["x", "--guidance-interval", "0.9", "0.1"])
