@@ -67,9 +67,9 @@ class Ratio(nn.Module):
         return (t * self.bins).long().clamp(max=self.bins - 1)
 
     def forward(self, t):
-        """The ratio at t (B,): numbers, not functions of the weights; otherwise ratio * L_kd would be L_task once more.
-        Where no step has ended with such t yet, it is that of the losses added so far; 1 without any."""
-        task, kd = torch.where(self.seen > 0, self.means, self.sums[:2])
+        """The ratio at t (B,): numbers, not functions of the weights; otherwise ratio * L_kd would be L_task once more. It is that
+        of the steps before, whatever the parts and ranks of this one; 1 where there were none."""
+        task, kd = self.means
         return torch.where(kd > 0, task / kd.clamp(min=1e-12), 1.0)[self.bin(t)]
 
     def add(self, task, kd, t, weights=None):

@@ -55,10 +55,11 @@ def test_two_processes_take_the_steps_of_one_and_either_resumes_the_other(home):
         assert one.keys() == two.keys()
         moved = torch.cat([(one[f"model.{name}"] - w.float()).flatten() for name, w in start.items()]).norm()
         apart = torch.cat([(one[f"model.{name}"] - two[f"model.{name}"]).flatten() for name in start]).norm()
-        assert moved > 0.1 and apart < 0.02 * moved, f"{stage}: moved {moved}, apart {apart}"
+        close = 0.06 if stage == "step_distill" else 0.02  # its gradient passes a teacher in bfloat16, which rounds by batch size
+        assert moved > 0.1 and apart < close * moved, f"{stage}: moved {moved}, apart {apart}"
         for name in one:  # AdamW's mean of the gradients
             if name.endswith("exp_avg") and one[name].norm() > 1e-6:
-                assert (one[name] - two[name]).norm() < 0.05 * one[name].norm(), f"{stage} {name}"
+                assert (one[name] - two[name]).norm() < max(0.05, 2 * close) * one[name].norm(), f"{stage} {name}"
     log = (
         (home / "runs/two/fm/log.csv").read_text().splitlines(),
         (home / "runs/one/fm/log.csv").read_text().splitlines(),
