@@ -2,9 +2,6 @@
 
 One class builds all of it: `UNetConfig` has a switch for each panel of Fig. 2, `ladder("a")` ... `ladder("f")` set them.
 
-    python model.py            # the ladder and Table 1: parameters and MACs beside the paper's figures
-    python model.py --json     # the same as one JSON object
-
     x_t (B, 16, H, W) ----> conv_in                                   conv_out ----> v (B, 16, H, W)
                               |                                           ^
     stage 1, H x W          2 layers -------------- skips ------------> 3 layers     attend to the text
@@ -14,14 +11,10 @@ One class builds all of it: `UNetConfig` has a switch for each panel of Fig. 2, 
     stage 3, H/4 x W/4      2 layers -------------- skips ------------> 3 layers     attend to the text and to each other
                               '---> ResBlock, Transformer, ResBlock ------'
 
-"FLOPs" in the paper are multiply-accumulates: it lists DiT-XL/2 with 119 G, which is that model's MAC count. We say MACs.
-What the paper does not tell (time embedding, depth of the middle, text widths) is our assumption, marked [A]. studies/ladder.py
-times the steps, and counts each part.
+What the paper does not tell (time embedding, depth of the middle, text widths) is our assumption, marked [A]. Parameters and MACs
+beside the paper's stand in studies/sizes.py, the time that each step of the ladder takes in studies/ladder.py.
 """
 
-import argparse
-import functools
-import json
 import math
 from dataclasses import dataclass, replace
 
@@ -29,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True)
@@ -391,60 +383,3 @@ class UNet(nn.Module):
         if feature and not kept:
             raise ValueError(f"no layer {feature!r}; there are {', '.join(self.features())}")
         return (velocity, *kept) if feature else velocity
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Counting
-
-
-@functools.lru_cache
-def count(cfg, side, tokens=77):
-    """(parameters, MACs of one forward) at a (side, side) latent and 77 text tokens; no weight is allocated."""
-    with torch.device("meta"):
-        net = UNet(cfg)
-        inputs = (torch.empty(1, cfg.latent_channels, side, side), torch.empty(1), torch.empty(1, tokens, cfg.text_dim))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net(*inputs)
-    return sum(p.numel() for p in net.parameters()), counter.get_total_flops() // 2
-
-
-# From the paper: what each step does to parameters and MACs (Sec. 3.1), and Table 1 (ImageNet, 256 px).
-PAPER_LADDER = {
-    "a": "FID 3.76", "b": "MACs -17 %, latency -24 %, FID 3.12", "c1": "params -24 %, latency -62 %, FID 3.38",
-    "c2": "against b: params -15 %, MACs -27 %, 2.4x faster", "d1": "params -12 %, MACs -12 %",
-    "d2": "params -16 %, MACs -6 %, latency -9 %", "e": "smaller, faster, better FID", "f": "negligible cost, better FID",
-}  # fmt: skip
-TABLE_1 = (("LDM-4", 400, 104, 3.60), ("U-ViT-L", 287, 77, 3.40), ("U-ViT-H", 501, 133, 2.29), ("DiT-XL/2", 675, 119, 2.27),
-           ("SiT-XL", 675, 119, 2.06), ("SnapGen", 372, 38, 2.06))  # fmt: skip
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="Parameters and MACs of the ladder and presets, beside the paper's.")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
-
-    def measure(cfg):
-        return {"params": count(cfg, 32)[0], "macs_32": count(cfg, 32)[1], "macs_128": count(cfg, 128)[1]}
-
-    rows = [{"step": step, **measure(ladder(step))} for step in LADDER]
-    presets = {name: measure(cfg) for name, cfg in PRESETS.items()}
-    if parser.parse_args(argv).json:
-        return print(json.dumps({"ladder": rows, "presets": presets}))
-    print("The ladder of Fig. 2 and 3: text width 768, 77 tokens, time embedding 1024, mid depth 4 [A]. MACs of one forward.")
-    print("step   params M  GMACs 32x32  GMACs 128x128   params    MACs   the paper says")
-    by_step = {row["step"]: row for row in rows}
-    for before, row in zip([None, *rows], rows, strict=False):
-        before = by_step["b"] if row["step"] == "c2" else before  # the paper compares c as a whole with b
-        change = [f"{100 * (row[k] / before[k] - 1):+.1f} %" for k in ("params", "macs_128")] if before else ["", ""]
-        print(f"{row['step']:5}{row['params'] / 1e6:10.1f}{row['macs_32'] / 1e9:13.1f}{row['macs_128'] / 1e9:15.0f}"
-              f"{change[0]:>9}{change[1]:>8}   {PAPER_LADDER[row['step']]}")  # fmt: skip
-    print("\nTable 1: ImageNet 256 px (32x32 latents). FID is the paper's; ours has not been trained.")
-    print("model                     params M   GMACs    FID")
-    for name, params, macs, fid in TABLE_1:
-        print(f"{name:24}{params:10}{macs:8}{fid:7.2f}")
-    for name, row in presets.items():
-        print(f"{'ours, --size ' + name:24}{row['params'] / 1e6:10.1f}{row['macs_32'] / 1e9:8.1f}")
-    print("t2i is the same UNet with text states 2304 wide; the paper's text-to-image model has 379 M.")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,5 @@
-"""The ablation ladder of Fig. 2 and 3 on this machine: where parameters and MACs are, and how long each step takes.
+"""The ablation ladder of Fig. 2 and 3 on this machine: how long each step takes, and what it learns.
 
-    python -m studies.ladder                         # parameters and MACs of each part of the UNet
     python -m studies.ladder --forward               # time of one forward of steps a to f at the paper's widths, beside the paper's
     python -m studies.ladder --forward --sdxl        # and of SDXL's UNet (2.6 B parameters)
     python -m studies.ladder --training              # training pictures a second at the widths of --size tiny
@@ -18,7 +17,6 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch.utils.flop_counter import FlopCounterMode
 
 import train_fm
 from common.arguments import Parser, add_device, integer
@@ -27,28 +25,12 @@ from common.device import describe_machine, half, pick_device
 from common.encoders import FrozenEncoders
 from common.figures import pyplot, save_figure
 from common.run import Log
-from model import LADDER, PAPER_LADDER, PRESETS, UNet, count, ladder
+from model import LADDER, PRESETS, UNet, ladder
+from studies.sizes import PAPER_LADDER, count
 from studies.students import mini_geneval, train_rows
 
 # The paper's latency on iPhone 15 Pro (Sec. 3.1, Fig. 3).
 PAPER_LATENCY = {"b": "-24 %", "c1": "-62 %", "c2": "2.4x faster than b", "d2": "-9 %"}
-
-
-def count_parts(cfg, side, tokens=77):
-    """{"down.0": (parameters, MACs of one forward), ...} of a UNet at a (side, side) latent; no weight is allocated."""
-    with torch.device("meta"):
-        net = UNet(cfg)
-        inputs = (torch.empty(1, cfg.latent_channels, side, side), torch.empty(1), torch.empty(1, tokens, cfg.text_dim))
-    with torch.no_grad(), FlopCounterMode(display=False, depth=None) as counter:
-        net(*inputs)
-    macs = {name.removeprefix("UNet."): sum(kinds.values()) // 2 for name, kinds in counter.get_flop_counts().items()}
-    parts = {}
-    for name, part in net.named_modules():
-        if name.rstrip("0123456789") in ("conv_in", "time_mlp", "down.", "mid.", "up.", "conv_out"):
-            inside = {n for n in macs if n == name or n.startswith(f"{name}.")}
-            outermost = [n for n in inside if not any(n.startswith(f"{other}.") for other in inside)]
-            parts[name] = (sum(p.numel() for p in part.parameters()), sum(macs[n] for n in outermost))
-    return parts
 
 
 def sdxl():
@@ -189,19 +171,9 @@ def plot(results, args):
     save_figure(figure, args.out / "ladder.png")
 
 
-def report_parts():
-    report = {}
-    for name, side in (("imagenet", 32), ("tiny", 8)):
-        print(f"--size {name} at a {side}x{side} latent, {PRESETS[name]}")
-        report[name] = count_parts(PRESETS[name], side)
-        for part, (params, macs) in report[name].items():
-            print(f"{part:12}{params / 1e6:10.3f} M{macs / 1e6:12.1f} MMACs")
-    return {"parts": report}
-
-
 def parse_arguments(argv=None):
     p = Parser(__doc__, "python -m studies.ladder --forward --only a f")
-    what = p.add_mutually_exclusive_group()
+    what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--forward", action="store_true", help="time one forward of each step at the paper's widths")
     what.add_argument("--training", action="store_true", help="time training at the widths of --size tiny")
     what.add_argument("--train", action="store_true", help="train each step at the widths of --size tiny, or go on with that")
@@ -227,12 +199,7 @@ def parse_arguments(argv=None):
 def main(argv=None):
     args = parse_arguments(argv)
     device = pick_device(args.device)
-    if args.train:
-        report = train(args, device)
-    elif args.forward or args.training:
-        report = (report_forward if args.forward else report_training)(args, device)
-    else:
-        report = report_parts()
+    report = (train if args.train else report_forward if args.forward else report_training)(args, device)
     if args.json:
         print(json.dumps(report))
 

@@ -18,8 +18,9 @@ from coreml.layers import PhoneUNet
 from coreml.package import save_package
 from coreml.verify import compare
 from decoder import DecoderConfig, TinyDecoder
-from model import UNet, UNetConfig, count
+from model import UNet, UNetConfig
 from studies.decoder import count as count_decoder
+from studies.sizes import count
 
 SMALL = UNetConfig(
     channels=(32, 64), depth=(1, 1), self_attention=(False, True), mid_depth=1, layers=1, head_dim=32, groups=16, text_dim=48,

@@ -16,7 +16,7 @@ FILES = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (RO
 NAMES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in FILES}
 LEVELS = {"flow": 0, "model": 0, "common": 1, "coreml": 1, "studies": 3, "assets": 3}  # everything else at the top: 2, a stage
 SCRIPTS = [name for path, name in NAMES.items()
-           if name != "model" and re.search("^if __name__", path.read_text(encoding="utf-8"), flags=re.M)]  # fmt: skip
+           if re.search("^if __name__", path.read_text(encoding="utf-8"), flags=re.M)]  # fmt: skip
 
 
 def level(name):

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
-import model
 from model import (
     LADDER,
     PRESETS,
@@ -16,12 +15,12 @@ from model import (
     UNet,
     UNetConfig,
     conv3x3,
-    count,
     ladder,
     rope_table,
     rotate,
 )
-from studies.ladder import count_parts
+from studies import sizes
+from studies.sizes import count, count_parts
 
 # Our reconstruction of the paper's ladder: millions of parameters, GMACs at a 128x128 latent (see README).
 EXPECTED = {"a": (634.1, 1268), "b": (623.6, 1053), "c1": (475.0, 653), "c2": (529.8, 759), "d1": (464.1, 667),
@@ -62,11 +61,12 @@ def test_presets_meet_the_paper():
 
 
 def test_json_output(capsys):
-    model.main(["--json"])
+    sizes.main(["--json", "--parts"])
     table = json.loads(capsys.readouterr().out)
     assert [row["step"] for row in table["ladder"]] == list(LADDER)
     assert set(table["ladder"][0]) == {"step", "params", "macs_32", "macs_128"}
     assert set(table["presets"]) == set(PRESETS)
+    assert sum(macs for _, macs in table["parts"]["imagenet"].values()) == count(PRESETS["imagenet"], 32)[1]
 
 
 def to_diffusers(name):

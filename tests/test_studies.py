@@ -13,8 +13,9 @@ import torch
 import model
 import train_fm
 from assets import make_zoo
-from model import LADDER, PRESETS, UNet, UNetConfig, count
+from model import LADDER, PRESETS, UNet, UNetConfig
 from studies import lab, ladder, peers, speed
+from studies.sizes import count
 
 SMALL = ["--size", "tiny", "--batch", "2", "--tokens", "13", "--device", "cpu", "--rounds", "1"]
 
@@ -81,12 +82,6 @@ def test_training_of_the_ladder_is_timed(capsys):
     lines = capsys.readouterr().out.splitlines()
     speeds = json.loads(lines[-1])["training_pictures_per_second"]
     assert set(speeds) == {"a", "f"} and min(speeds.values()) > 0 and "1.00 x a" in lines[1]
-
-
-def test_parts_of_the_unet(capsys):
-    ladder.main(["--json"])
-    parts = json.loads(capsys.readouterr().out.splitlines()[-1])["parts"]
-    assert sum(macs for _, macs in parts["imagenet"].values()) == count(PRESETS["imagenet"], 32)[1]
 
 
 # ------------------------------------------------------------------------------------------------------------------
