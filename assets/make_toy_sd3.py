@@ -47,7 +47,7 @@ from transformers import (
 import flow
 from common.arguments import Parser, add_device, integer, real
 from common.checkpoint import load_state, save_json, save_state
-from common.device import half_transformer, keep_compiled, pick_device
+from common.device import half_transformer, pick_device
 from common.encoders import FrozenEncoders
 from common.muon import Muon
 from common.pictures import to_tensor
@@ -346,7 +346,6 @@ def make_teacher(out, device, steps=7_000, batch=64, lr=3e-3, pictures=60_000, s
     settings = {"steps": steps, "batch": batch, "lr": lr, "seed": seed, "pictures": world.name, "focus": focus}
     settings["encoders"] = encoders.fingerprint()
     first = load_state(state, settings, optimizers, model=model, ema=ema, readout=readout)
-    keep_compiled()
     for block in model.transformer_blocks:
         block.compile()
 

@@ -1,6 +1,6 @@
 """Make assets/toy-sd3 and assets/zoo from nothing: autoencoder, text encoders, teacher, the students of all stages, the decoder.
 
-    python -m assets.make_zoo                       # everything that is not made yet: hours on a CPU, minutes on a GPU
+    python -m assets.make_zoo                       # everything that is not made yet: hours on a CPU
     python -m assets.make_zoo --only fm decoder     # these parts; a second process for them uses a second core
     python -m assets.make_zoo --list                # what is made, when, how long it took
 
@@ -12,12 +12,10 @@ The order is vae, text, then the teacher, which takes longest; fm and decoder ne
 thread each (OMP_NUM_THREADS=1) two processes share two cores well.
 """
 
-import contextlib
+import functools
 import json
 import shlex
 import shutil
-import threading
-import time
 from datetime import datetime
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from common import checkpoint
 from common.arguments import Parser, add_device
 from common.checkpoint import save_json
 from common.device import describe_machine, pick_device
+from common.stopwatch import counting
 
 WORK = Path("runs/zoo")
 TRAININGS = {  # part: (main, its command); {out} is --out
@@ -57,6 +56,7 @@ def make(part, args, device):
         print(f"$ python {command} --out {run.as_posix()}", flush=True)
         main(flags)
         checkpoint.main([str(run), str(args.out / "zoo" / part)])
+        shutil.copy(run / "log.csv", args.out / "zoo" / part)
         return
     if part == "vae":
         make_autoencoder(toy, device)
@@ -68,41 +68,14 @@ def make(part, args, device):
         make_teacher(toy, device, state=WORK / "teacher")
 
 
-class Record:
-    """assets/zoo/log/PART.json: when a part was done, how long it took over all sittings, where and at which commits."""
+def path_of(part, args):
+    """Where the record of a part is: command, wall time over all sittings, machine, commits, the day on which it was done."""
+    return args.out / "zoo" / "log" / f"{part}.json"
 
-    def __init__(self, part, args):
-        self.path = args.out / "zoo" / "log" / f"{part}.json"
-        self.values = json.loads(self.path.read_text()) if self.path.is_file() else {}
 
-    @property
-    def done(self):
-        return self.values.get("done")
-
-    @contextlib.contextmanager
-    def counting(self, part, args, device):
-        """Time what is inside; written every minute, so that a kill loses no more than that."""
-        about, before, start, over = describe_machine(device), self.values.get("minutes", 0.0), time.time(), threading.Event()
-        commits = list(dict.fromkeys([*self.values.get("commits", []), about["commit"]]))
-        self.values |= {"command": f"python {command_of(part, args)}", "machine": about, "commits": commits}
-
-        def write(**more):
-            self.values |= {"minutes": round(before + (time.time() - start) / 60, 1), **more}
-            save_json(self.values, self.path)
-
-        def every_minute():
-            while not over.wait(60):
-                write()
-
-        thread = threading.Thread(target=every_minute, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-            write()
-        write(done=f"{datetime.now():%Y-%m-%d}")
+def record_of(part, args):
+    path = path_of(part, args)
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def parse_arguments(argv=None):
@@ -118,26 +91,28 @@ def parse_arguments(argv=None):
 def main(argv=None):
     args = parse_arguments(argv)
     device = pick_device(args.device)
-    if args.force:
-        for part in args.only:
-            Record(part, args).path.unlink(missing_ok=True)
-            shutil.rmtree(WORK / part, ignore_errors=True)
+    for part in args.only if args.force else ():
+        path_of(part, args).unlink(missing_ok=True)
+        shutil.rmtree(WORK / part, ignore_errors=True)
     for part in args.only if not args.list else ():
-        record = Record(part, args)
-        if record.done:
-            print(f"{part}: made on {record.done} in {record.values['minutes']} minutes; --force makes it again")
+        record = record_of(part, args)
+        if "done" in record:
+            print(f"{part}: made on {record['done']} in {record['seconds'] / 60:.1f} minutes; --force makes it again")
             continue
-        if missing := [need for need in NEEDS[part] if not Record(need, args).done]:
+        if missing := [need for need in NEEDS[part] if "done" not in record_of(need, args)]:
             raise SystemExit(f"{part} needs {' and '.join(missing)} first: python -m assets.make_zoo --only {' '.join(missing)}")
-        print(f"\n{part}: {'going on' if record.values else 'from nothing'}", flush=True)
-        with record.counting(part, args, device):
+        print(f"\n{part}: {'going on' if record else 'from nothing'}", flush=True)
+        about, save = describe_machine(device), functools.partial(save_json, record, path_of(part, args))
+        record |= {"command": f"python {command_of(part, args)}", "machine": about,
+                   "commits": list(dict.fromkeys([*record.get("commits", []), about["commit"]]))}  # fmt: skip
+        with counting(record, save):
             make(part, args, device)
+            record["done"] = f"{datetime.now():%Y-%m-%d}"
     print(f"\n{'part':14}{'done':14}{'minutes':>8}   {'commits':20}machine")
-    for part in NEEDS:
-        values = Record(part, args).values
-        if values:
-            print(f"{part:14}{values.get('done', 'not yet'):14}{values['minutes']:8.1f}   {', '.join(values['commits']):20}"
-                  f"{values['machine']['device']}")  # fmt: skip
+    for part, record in ((part, record_of(part, args)) for part in NEEDS):
+        if record:
+            print(f"{part:14}{record.get('done', 'not yet'):14}{record['seconds'] / 60:8.1f}   {', '.join(record['commits']):20}"
+                  f"{record['machine']['device']}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ def pick_device(name=None):
     if device.type == "cpu":
         np.finfo(np.float32), np.finfo(np.float64)  # numpy looks once, and would warn after the next line
         torch.set_flush_denormal(True)  # denormal numbers are a hundred times slower
+    # What torch.compile makes is kept for the next run; its own place is /tmp, which a reboot empties.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path("runs/cache/inductor").absolute()))
     return device
 
 
@@ -41,12 +43,6 @@ def describe_machine(device):
     commit = git("describe", "--always") or "unknown"
     commit += "-dirty" if git("diff", "--name-only", "HEAD", "--", ":/*.py") else ""  # weights under assets/ are what runs make
     return {"device": name, "python": platform.python_version(), "torch": torch.__version__, "commit": commit}
-
-
-def keep_compiled(folder="runs/cache/inductor"):
-    """What torch.compile makes is kept in `folder`, and the next run finds it: its own place is /tmp, which a reboot empties.
-    Call it before anything is compiled."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(folder).absolute()))
 
 
 def autocast(device):

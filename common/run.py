@@ -39,7 +39,7 @@ from common.checkpoint import (
     save_state,
     state_settings,
 )
-from common.device import describe_machine, half, keep_compiled, move, pick_device, take
+from common.device import describe_machine, half, move, pick_device, take
 from common.encoders import FrozenEncoders
 from common.figures import stack
 from model import UNet, ladder
@@ -67,7 +67,6 @@ class Run:
         if (self.out / "train_state").is_dir() and not args.resume:
             raise SystemExit(f"{self.out} holds a run already: go on with --resume, choose another --out, or delete it.")
         torch.manual_seed(args.seed)
-        keep_compiled()
         self.half, self.parts_of_a_batch = half(self.device), getattr(args, "accumulate", 1)
         self.rows = parallel.rows(args.batch, self.parts_of_a_batch)  # this rank's, of each batch
         self.sums, self.wrapped, self.averaged, self.bad_steps = {}, None, set(), 0

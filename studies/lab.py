@@ -1,14 +1,15 @@
 """The lab hour: from random weights to verified packages, every stage from the run before, with one table and one grid.
 
-    python -m studies.lab                    # at most an hour on 2 cores, with assets/toy-sd3 as given
+    python -m studies.lab                    # meant to take an hour on 2 cores, with assets/toy-sd3 as given
     python -m studies.lab --resume           # goes on where it was stopped, also in the middle of a stage
-    python -m studies.lab --device cuda      # minutes on a GPU
+    python -m studies.lab --device cuda      # on a GPU
     python -m studies.lab --dry              # only prints the commands, to be typed one by one
 
 What runs are the stages' own commands, printed before each. Then mini-GenEval of 240 prompts and KID of each student, drawn as its
 config says, and the same prompts from the same noise after every stage. Writes lab.png, lab.txt, lab.json beside the runs.
 """
 
+import functools
 import json
 import shlex
 import time
@@ -30,6 +31,7 @@ from common.encoders import FrozenEncoders
 from common.figures import captioned_grid
 from common.run import Log
 from common.shapes import FAMILIES, ShapesWorld
+from common.stopwatch import counting
 from evaluate import prompts_of, score
 from sample import draw_pictures, pick_decoder
 from studies.students import draw_with_teacher, noise_for
@@ -58,7 +60,7 @@ def commands(args):
     for run, (_, _, flags) in STAGES.items():
         found[run] = shlex.split(flags.format(out=args.out.as_posix()))
         if run != "build":
-            found[run] += [*device, "--seed", str(args.seed), *(["--teacher", args.teacher] if run != "decoder" else [])]
+            found[run] += [*device, "--seed", str(args.seed), "--vae" if run == "decoder" else "--teacher", args.teacher]
     return found
 
 
@@ -67,16 +69,13 @@ def run_stages(args, done):
     for run, argv in commands(args).items():
         script = SCRIPTS.get(run, f"{run}.py")
         print(f"\n$ python {script} {shlex.join(argv)}", flush=True)
-        if done.get(run, {}).get("complete"):
+        record = done.setdefault(run, {})
+        if record.get("complete"):
             print("done before")
             continue
-        start, before = time.time(), done.get(run, {}).get("seconds", 0.0)
-        try:
+        with counting(record, functools.partial(save_json, done, args.out / "lab.json")):
             STAGES[run][1]([*argv, *([] if run == "build" else ["--resume"])])
-            done[run] = {"complete": True}
-        finally:  # a stage that was stopped goes on next time, and this time counts
-            done.setdefault(run, {})["seconds"] = before + time.time() - start
-            save_json(done, args.out / "lab.json")
+            record["complete"] = True
 
 
 def measure(args, done):

@@ -5,6 +5,7 @@ import argparse
 import importlib
 import json
 import shlex
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import model
 import train_fm
 from assets import make_zoo
+from common.stopwatch import counting
 from model import LADDER, PRESETS, UNet, UNetConfig
 from studies import lab, ladder, peers, speed
 from studies.sizes import count
@@ -176,13 +178,22 @@ def test_the_zoo_is_made_in_order_and_each_part_once(tmp_path, monkeypatch, caps
     with pytest.raises(KeyboardInterrupt):
         make_zoo.main(flags)
     log = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "zoo" / "log").iterdir()}
-    assert log["vae"]["done"] and "done" not in log["text"] and log["text"]["minutes"] >= 0 and log["vae"]["commits"]
+    assert log["vae"]["done"] and "done" not in log["text"] and log["text"]["seconds"] >= 0 and log["vae"]["commits"]
     make_zoo.main(flags)
     assert made == ["vae", "text", "text", "teacher", "fm", "decoder", "distill", "step_distill"]
     make_zoo.main([*flags, "--only", "fm", "--force"])
     assert made[-1] == "fm" and len(made) == 9
     make_zoo.main([*flags, "--list"])
     assert len(made) == 9 and "step_distill" in capsys.readouterr().out
+
+
+def test_wall_time_adds_up_over_sittings_and_survives_an_error():
+    record, saved = {"seconds": 100.0}, []
+    with pytest.raises(KeyboardInterrupt), counting(record, lambda: saved.append(record["seconds"])):
+        raise KeyboardInterrupt
+    with counting(record, lambda: saved.append(record["seconds"])):
+        time.sleep(0.2)
+    assert saved[0] == pytest.approx(100, abs=0.1) and saved[-1] == record["seconds"] == pytest.approx(100.2, abs=0.15)
 
 
 def test_the_zoos_commands_are_ones_that_the_stages_understand():
