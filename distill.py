@@ -59,8 +59,7 @@ class Ratio(nn.Module):
     def __init__(self, bins=5):
         super().__init__()
         self.bins = bins
-        self.register_buffer("means", torch.zeros(2, bins))  # of L_task and of L_kd, in each fifth of t
-        self.register_buffer("seen", torch.zeros(bins))  # whether there was one yet
+        self.register_buffer("means", torch.zeros(2, bins))  # of L_task and of L_kd, in each fifth of t; 0: none yet
         self.register_buffer("sums", torch.zeros(3, bins), persistent=False)  # of this step: L_task, L_kd, pictures
 
     def bin(self, t):
@@ -83,9 +82,8 @@ class Ratio(nn.Module):
         task, kd, n = parallel.total(self.sums)
         new = torch.stack([task, kd]) / n.clamp(min=1)
         good = (n > 0) & new.isfinite().all(0)
-        rate = torch.where(self.seen > 0, 0.05, 1.0)
+        rate = torch.where(self.means > 0, 0.05, 1.0)
         self.means.copy_(torch.where(good, self.means.lerp(new, rate), self.means))
-        self.seen.copy_(torch.where(good, 1.0, self.seen))
         self.sums.zero_()
 
 
