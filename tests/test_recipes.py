@@ -1,4 +1,4 @@
-"""The commands of README, docs and recipes are understood by the scripts they call, and the files they name are there."""
+"""The commands of README, docs, course and recipes are understood by the scripts they call, and the files they name are there."""
 
 import importlib
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*.md")]))]
+PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("course/*.md"), *ROOT.glob("recipes/*.md")]))]
 
 
 def calls(text):
@@ -66,5 +66,5 @@ def test_every_file_that_a_page_names_is_there(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)", text) if not link.startswith("http")]
     assert all((ROOT / page).parent.joinpath(link).exists() for link in links), links
-    for name in re.findall(r"`((?:common|coreml|studies|assets|docs|recipes)/[\w./-]*|\w+\.py)`", text):
+    for name in re.findall(r"`((?:common|coreml|studies|assets|docs|course|recipes)/[\w./-]*|\w+\.py)`", text):
         assert (ROOT / name).exists(), f"{page} names {name}"
