@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("course/*.md"), *ROOT.glob("recipes/*.md")]))]
+FOLDERS = ("docs", "course", "recipes")
+PAGES = ["README.md", *(str(p.relative_to(ROOT)) for folder in FOLDERS for p in sorted(ROOT.glob(f"{folder}/*.md")))]
 
 
 def calls(text):

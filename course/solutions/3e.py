@@ -1,0 +1,5 @@
+"""3e  Who tries to please a discriminator is further from the original, pixel by pixel."""
+
+RUN_WITHOUT = "runs/3e-without"
+RUN_MUCH = "runs/3e-much"
+HIGHER_PSNR = "without"
