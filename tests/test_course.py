@@ -1,6 +1,8 @@
 """The course: every solution is right, every known mistake gets its own hint, every hole is one."""
 
+import ast
 import json
+import re
 import shutil
 import types
 
@@ -169,3 +171,25 @@ def test_the_question_about_bits(tmp_path, monkeypatch):
     ):
         with pytest.raises(Hint, match=sentence):
             exercise.check(one, types.SimpleNamespace(**{**vars(solution), **changes}))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The pages
+
+
+@pytest.mark.parametrize("page", sorted((exercise.ROOT / "course").glob("[1-6]_*.md")), ids=lambda page: page.stem)
+def test_every_equation_stands_beside_the_line_that_computes_it(page):
+    """| equation | `file.py`, `function` | `line` |: the line is in that function today, whitespace apart."""
+    section = page.read_text(encoding="utf-8").split("## The equations and their lines")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| .+ \| `(\S+\.py)`, `(\w+)` \| `(.+)` \|$", section, flags=re.M)
+    assert len(rows) >= 5 and len(rows) == section.count("\n| ") - 1
+    for file, name, line in rows:
+        source = (exercise.ROOT / file).read_text(encoding="utf-8")
+        (found,) = (ast.get_source_segment(source, node) for node in ast.parse(source).body if getattr(node, "name", "") == name)
+        assert "".join(line.replace("\\|", "|").split()) in "".join(found.split()), f"{file}, {name} has no line {line}"
+
+
+def test_every_page_lists_its_exercises():
+    for page in (exercise.ROOT / "course").glob("[1-6]_*.md"):
+        listed = re.findall(r"^\* \*\*(\d\w)\*\* (.+)$", page.read_text(encoding="utf-8"), flags=re.M)
+        assert listed == [(number, one.title) for number, one in EXERCISES.items() if number[0] == page.stem[0]]
