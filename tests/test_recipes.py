@@ -65,7 +65,7 @@ def test_the_pages_call_every_script():
 @pytest.mark.parametrize("page", PAGES)
 def test_every_file_that_a_page_names_is_there(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if not link.startswith("http")]
+    links = [link for link in re.findall(r"\]\(([^)#]+)", re.sub(r"`[^`\n]*`", "", text)) if not link.startswith("http")]
     assert all((ROOT / page).parent.joinpath(link).exists() for link in links), links
     for name in re.findall(r"`((?:common|coreml|studies|assets|docs|course|recipes)/[\w./-]*|\w+\.py)`", text):
         assert (ROOT / name).exists(), f"{page} names {name}"
