@@ -122,7 +122,7 @@ def chart(title, series, ramp=False):
     for y in ticks(min(ys), max(ys), log):
         _, height = at(left, y)
         inside += [h("line", x1=LEFT, x2=WIDTH - RIGHT, y1=f"{height:.1f}", y2=f"{height:.1f}", class_="grid"),
-                   h("text", f"{y:g}", x=LEFT - 6, y=f"{height + 3.5:.1f}", text_anchor="end")]  # fmt: skip
+                   h("text", f"{y:.6g}", x=LEFT - 6, y=f"{height + 3.5:.1f}", text_anchor="end")]  # fmt: skip
     for x in (x for x in MaxNLocator(4, integer=True).tick_values(left, right) if left <= x <= right):
         inside.append(h("text", f"{x:,.0f}", x=f"{at(x, ys[0])[0]:.1f}", y=HEIGHT - 5, text_anchor="middle"))
     most, legend = max(map(len, series.values())), []
@@ -141,11 +141,11 @@ def chart(title, series, ramp=False):
 
 def ticks(low, high, log):
     """Round numbers between low and high, four or five of them."""
-    for locator in (LogLocator(subs=(1, 2, 5)), LogLocator()) if log else (MaxNLocator(4),):
+    for locator in (LogLocator(subs=(1, 2, 5)), LogLocator(), MaxNLocator(4)) if log else (MaxNLocator(4),):
         found = [float(tick) for tick in locator.tick_values(low, high) if low <= tick <= high]
-        if len(found) < 7:
+        if 2 <= len(found) < 7:
             break
-    return found or [low]
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -229,14 +229,14 @@ def evaluations(run):
 
 def stages(runs):
     """The table of all runs, each stage above the paper's row, and the settings of each run."""
-    head, rows = ["run", "stage", "parameters", "steps", "minutes", "forwards", "validation", "mini-GenEval"], []
+    head, rows = ["run", "parameters", "steps", "minutes", "forwards", "validation", "mini-GenEval"], []
     for stage, (title, command) in STAGES.items():
         mine = [run for run in runs if run.stage == stage]
         rows += [row_of(run) for run in mine]
-        rows += [] if mine else [[h("span", "no run yet", class_="quiet"), h("code", command), *[DASH] * 6]]
+        rows += [] if mine else [[[f"no run yet: {title}", h("small", h("code", command))], *[DASH] * 6]]
         said = [PAPER[stage].get(name) for name in ("parameters", "steps", "minutes", "forwards", "validation", "score")]
-        rows.append(("paper", [paper_cell(("the paper", PAPER[stage]["where"])), title, *map(paper_cell, said)]))
-    yield table("Stages", head, rows, numeric=range(2, 8))
+        rows.append(("paper", [paper_cell(("the paper", PAPER[stage]["where"])), *map(paper_cell, said)]))
+    yield table("Stages", head, rows, numeric=range(1, 7))
     yield [problem(f"{run.name}: {text}") for run in runs for text in run.problems]
     yield h("p", "Forwards: of the UNet, a picture; a guided step takes two. Minutes: wall time as the lab or the zoo noted it, "
             "or of training alone by log.csv. mini-GenEval counts objects in a world of four shapes and is not GenEval; it stands "
@@ -266,7 +266,7 @@ def row_of(run):
                   for at, value in run.points(kind)[-1:]]  # fmt: skip
     score = [(f"{overall:.3f}", h("small", f"{low:.3f} to {high:.3f}, {n} pictures")) for n, overall, low, high, _ in scores[:1]]
     return [
-        path_name(run.name), STAGES[run.stage][0], f"{run.parameters / 1e6:.2f} M" if run.parameters else DASH, steps,
+        [path_name(run.name), h("small", STAGES[run.stage][0])], f"{run.parameters / 1e6:.2f} M" if run.parameters else DASH, steps,
         [f"{took[0]:.1f}", h("small", took[1])] if took else DASH, DASH if run.stage == "decoder" else forwards(config),
         validation or DASH, score or DASH,
     ]  # fmt: skip
@@ -279,7 +279,7 @@ def curves(runs):
         panels = [chart(title, {label: run.points(column) for label, column in columns.items()})
                   for title, columns in CURVES.get(run.stage, CURVES["fm"]).items()]  # fmt: skip
         for loss in dict.fromkeys(re.sub(r"_t0\.\d$", "", name) for name in run.columns if re.search(r"_t0\.\d$", name)):
-            fifths = {f"t {i / 5:.1f} to {(i + 1) / 5:.1f}": run.points(f"{loss}_t{i / 5:.1f}") for i in range(5)}
+            fifths = {f"t {i / 5:.1f}–{(i + 1) / 5:.1f}": run.points(f"{loss}_t{i / 5:.1f}") for i in range(5)}
             panels.append(chart(f"{loss} by fifths of t; t = 1 is noise", fifths, ramp=True))
         panels = [panel for panel in panels if panel is not None]
         if panels:
@@ -293,7 +293,7 @@ def curves(runs):
 
 def samples(runs):
     """For each run what it drew while training, thinned and folded; of a decoder its comparison."""
-    kept, silent = {}, []
+    kept, silent, blocks = {}, [], []
     for run in runs:
         files = [path for path in run.path.glob("samples/*.png") if path.stem.isdigit()]
         kept[run] = evenly(sorted(files, key=lambda path: int(path.stem)), MOST_STEPS) if files else []
@@ -309,10 +309,10 @@ def samples(runs):
             except OSError as error:
                 frames.append(problem(f"{error}."))
         if frames:
-            wide = " wide" if len(frames) == 1 else ""
-            yield h("h3", run.name), h("div", frames, class_=f"film{wide}")
+            blocks.append(h("div", h("h3", run.name), h("div", frames, class_="film" if len(frames) > 1 else "film single")))
         else:
             silent.append(run)
+    yield h("div", blocks, class_="blocks") if blocks else None
     if any(run.stage in list(STAGES)[:3] and run not in silent for run in runs):
         yield h("p", f"Always the same captions and noise; in the shapes world, row by row: {'; '.join(PROMPTS)}.", class_="note")
     if silent or not runs:
