@@ -136,8 +136,11 @@ def test_the_papers_numbers_are_those_of_the_studies():
 
 
 @pytest.mark.parametrize("interval", [None, (0.2, 0.8)])
-@pytest.mark.parametrize("sampling", [{"steps": 28, "guidance": 3.0, "shift": 3.0}, {"steps": 5, "guidance": 1.0, "shift": 1.0},
-                                      {"steps": 4, "guidance": 2.0, "shift": 3.0, "times": [1.0, 0.9, 0.75, 0.5, 0.0]}])  # fmt: skip
+@pytest.mark.parametrize("sampling", [
+    {"steps": 28, "guidance": 3.0, "shift": 3.0},
+    {"steps": 5, "guidance": 1.0, "shift": 1.0},
+    {"steps": 4, "guidance": 2.0, "shift": 3.0, "times": [1.0, 0.9, 0.75, 0.5, 0.0]},
+])  # fmt: skip
 def test_forwards_are_those_that_the_sampler_takes(sampling, interval):
     taken, noise, text = [], torch.zeros(1, 2, 2, 2), (torch.zeros(1, 1, 1), torch.ones(1, 1))
     if interval:
