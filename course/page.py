@@ -130,7 +130,7 @@ def chart(title, series, ramp=False):
         look = {"class_": f"curve ramp{k}" if ramp else f"curve s{k}"}
         places = [at(*point) for point in thin(points)]
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-        dots = [h("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=2) for x, y in places] if len(points) < most / 2 or most < 3 else []
+        dots = [h("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=2.2) for x, y in places] if len(points) < most / 2 or most < 3 else []
         inside.append(h("g", h("path", d=path), dots, **look))
         swatch = h("svg", h("g", h("path", d="M0 5H18"), **look), viewBox="0 0 18 10", width=18, height=10, aria_hidden="true")
         legend.append(h("li", swatch, f"{label} ", h("b", number(points[-1][1]))))
