@@ -381,7 +381,7 @@ def packages(folders):
     paper = PAPER["latency"]
     head = ["report", "part", "where", "GMACs", "weights, MB", "activations, MB", "load, ms", "predict, ms", "the paper, ms"]
     rows = [[*row, paper_cell(paper.get(row[1]))] for row in timed]
-    whole = [paper_cell(("the paper", paper["where"])), "a picture", paper["device"], *[DASH] * 5, paper_cell(paper["picture"])]
+    whole = [paper_cell(("the paper", paper["where"], paper["device"])), "a picture", *[DASH] * 6, paper_cell(paper["picture"])]
     yield table("Latency", head, [*rows, ("paper", whole)], numeric=range(3, 9)) if rows else hint(
         "No latency yet: `python latency.py build/ --out build/latency.json` writes it.")  # fmt: skip
     yield h("p", "Where there is no Core ML nothing is timed, and the program's own counts stand alone. The paper's numbers "
