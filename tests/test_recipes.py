@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("docs", "course", "recipes")
-PAGES = ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for folder in FOLDERS for p in sorted(ROOT.glob(f"{folder}/*.md")))]
+PAGES = ["README.md", "CONTRIBUTING.md"]
+PAGES += [str(p.relative_to(ROOT)) for folder in FOLDERS for p in sorted(ROOT.glob(f"{folder}/*.md"))]
 
 
 def calls(text):
