@@ -40,7 +40,7 @@ def commands(page):
             if called is None:
                 continue
             module, arguments = words[called].removesuffix(".py"), words[called + 1 :]
-        if module in ("pytest", "venv", "pip"):
+        if module in ("pytest", "ruff", "venv", "pip"):
             continue
         yield ("common.shards", arguments[1:]) if module == "data" and arguments[:1] == ["encode"] else (module, arguments)
 
