@@ -8,7 +8,7 @@
 
 The pictures are those of sample.py, bit for bit: the same prompt, seed, steps and guidance give the same picture there. The page
 shows every state that the sampler goes through, x_t and the x_0 that the network predicts from it, and counts forwards as
-docs/5_few_steps.md does: a guided step costs two. Everything comes from this computer; nothing is sent anywhere.
+course/5_few_steps.md does: a guided step costs two. Everything comes from this computer; nothing is sent anywhere.
 """
 
 import base64
@@ -21,6 +21,7 @@ import random
 import re
 import shutil
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -42,6 +43,7 @@ INSTALL = "pip install -r requirements-demo.txt"
 EXAMPLES = [ShapesWorld("val", 3, 12, family).caption(2 * k + i) for k, family in enumerate(FAMILIES) for i in range(2)]
 LONGEST = 5000  # characters of a prompt; the encoders read far less
 NOBODY = "none"
+WELCOME = "Every drawing begins with noise, t = 1, and ends with a picture, t = 0. Type a prompt or click an example."
 
 # ------------------------------------------------------------------------------------------------------------------
 # Models and drawings: no Gradio up to here
@@ -187,7 +189,7 @@ def remarks(shelf, prompt, folders):
         try:
             parse_caption(prompt)
         except ValueError:
-            said.append("This is no caption of the shapes world, the only one that the model has seen: it guesses.")
+            said.append("The model has only seen captions of the shapes world, such as the examples: here it guesses.")
     return " ".join(said)
 
 
@@ -232,8 +234,14 @@ CSS = """
 .pair figcaption { font-size: .9rem; font-variant-numeric: tabular-nums; padding-top: 2px; }
 .note { margin: 0; }
 #heading h2 { margin: 0; }
-#draw { max-height: 88px; }
+#draw, #other { max-height: 56px; align-self: center; }
 """
+
+# On a phone the examples stand below the pictures.
+DRAW = """() => {
+    document.getElementById("draw").click();
+    document.getElementById("view").scrollIntoView({block: "nearest", behavior: "smooth"});
+}"""
 
 
 def build(gr, shelf):
@@ -246,10 +254,10 @@ def build(gr, shelf):
         if said := complaint(prompt, seed, choices):
             yield {note: tell(said)}
             return
-        yield {button: gr.Button("Drawing ...", interactive=False), note: tell("")}
+        yield {button: gr.Button("Drawing ...", interactive=False), note: tell("Reading the prompt ...")}
         made, last = [], max(steps for _, steps, _ in choices)
         try:
-            said = remarks(shelf, prompt, [folder for folder, _, _ in choices])
+            said = f"“{textwrap.shorten(prompt, 80)}” {remarks(shelf, prompt, [folder for folder, _, _ in choices])}"
             for k, made in enumerate(draw(shelf, prompt, seed, choices)):
                 yield {view: show(made, k), slider: gr.Slider(maximum=last, value=k, interactive=False), note: tell(said)}
         except (SystemExit, Exception) as error:  # a run that was deleted, memory that ran out: the page stays
@@ -259,7 +267,7 @@ def build(gr, shelf):
         yield {films: made, button: gr.Button("Draw", interactive=True), slider: gr.Slider(interactive=bool(made))}
 
     def tell(said):
-        return f'<p class="note" role="status">{html.escape(said)}</p>' if said else ""
+        return f'<p class="note" role="status">{html.escape(said)}</p>'
 
     def settle(name):
         own = shelf.sampling.get(name)
@@ -281,30 +289,30 @@ def build(gr, shelf):
     with gr.Blocks(title="SnapGen: from noise to picture", analytics_enabled=False) as page:
         films = gr.State([], time_to_live=3600)
         gr.HTML("<h2>SnapGen: from noise to picture, step by step</h2>", elem_id="heading")
-        with gr.Row(equal_height=True):
+        with gr.Row():
             prompt = gr.Textbox(label="prompt", placeholder=EXAMPLES[0], scale=5, min_width=240, max_lines=3, elem_id="prompt")
             button = gr.Button("Draw", variant="primary", scale=1, min_width=100, elem_id="draw")
-        note = gr.HTML(elem_id="note")
+        note = gr.HTML(tell(WELCOME))
         with gr.Row():
-            with gr.Column(scale=3, min_width=320):
+            with gr.Column(scale=5, min_width=320):
                 view = gr.HTML(show([], 0), elem_id="view")
                 slider = gr.Slider(0, 1, 0, step=1, precision=0, interactive=False, label="step of the denoising", buttons=[],
                                    elem_id="step")  # fmt: skip
-            with gr.Column(scale=2, min_width=320):
+            with gr.Column(scale=3, min_width=320):
                 examples = gr.Dataset(components=[prompt], samples=[[text] for text in EXAMPLES], label="examples",
                                       samples_per_page=len(EXAMPLES))  # fmt: skip
                 first = model("model", names, names[0])
                 second = model("second model, from the same noise", [NOBODY, *names], NOBODY)
-                with gr.Row(equal_height=True):
+                with gr.Row():
                     seed = gr.Number(0, label="seed", precision=0, minimum=0, min_width=120, elem_id="seed")
-                    other = gr.Button("another seed", min_width=120)
+                    other = gr.Button("another seed", min_width=120, elem_id="other")
         quiet = dict(show_progress="hidden", api_visibility="private")
         gr.on([button.click, prompt.submit], run, [prompt, seed, *first, *second], [films, view, slider, note, button],
               trigger_mode="once", concurrency_limit=16, **quiet)  # fmt: skip
         slider.input(show, [films, slider], view, queue=False, **quiet)
         other.click(lambda: random.randrange(10**6), None, seed, queue=False, **quiet)
         chosen = examples.click(lambda row: row[0], examples, prompt, queue=False, **quiet)
-        chosen.then(None, js='() => document.getElementById("draw").click()', **quiet)
+        chosen.then(None, js=DRAW, **quiet)
     return page
 
 
@@ -338,16 +346,22 @@ def open_browser(playwright):
 
 
 def screenshot(url, path):
-    """What the page looks like at 1280 pixels in the middle of a drawing, in 256 colors."""
+    """What the page looks like at 1280 pixels, half way through the drawings of the first and the last model, in 256 colors."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         page = open_browser(playwright).new_page(viewport={"width": 1280, "height": 860})
+        page.set_default_timeout(120_000)
         page.goto(url)
-        page.get_by_text(EXAMPLES[-1]).click()  # fills the prompt and draws
-        page.wait_for_selector("#step input[type=range]:enabled", timeout=120_000)
-        page.locator("#step input[type=range]").fill("14")
-        page.wait_for_selector("text=step 14 of")
+        page.get_by_label("second model").click()
+        page.get_by_role("option").last.click()
+        page.get_by_label("number input for steps").nth(1).wait_for()
+        page.get_by_text(EXAMPLES[-2]).click()  # fills the prompt and draws
+        slider = page.locator("#step input[type=range]:enabled")
+        slider.wait_for()
+        half = int(slider.get_attribute("max")) // 2
+        slider.fill(str(half))
+        page.get_by_text(f"step {half} of").wait_for()
         file = io.BytesIO(page.screenshot(animations="disabled"))
     save_atomically(lambda p: Image.open(file).quantize(256).save(p, optimize=True), path)
 
