@@ -4,6 +4,7 @@
     unet.mlpackage            the student: latent, t, text, mask -> velocity
     decoder.mlpackage         the tiny decoder: latent -> picture, 0 to 255
     pipeline.json             steps, times, guidance, sizes, tokenizers: all else that an app needs
+    cases.json                prompts with their tokens, times, noise: what an app's own code must agree with (coreml/cases.py)
     verification.json         how far each package is from PyTorch
 
     python export_coreml.py                                         # runs/step_distill, runs/decoder (or the zoo's) -> build/
@@ -35,6 +36,7 @@ from common.device import describe_machine
 from common.encoders import GEMMA_TOKENS, FrozenAutoencoder, FrozenEncoders
 from common.figures import captioned_grid
 from common.seeds import rng
+from coreml import cases
 from coreml import mil_interpreter as mil
 from coreml.compress import compress
 from coreml.layers import PhoneDecoder, PhoneText, PhoneUNet
@@ -362,8 +364,11 @@ def main(argv=None):
         report["parts"][name], exported = {"settings": settings, "sizes": reports}, True
         save_json(report | {"machine": about}, record)
     with clear_errors(args.out):
-        for name, tokenizer in zip(pipeline.get("tokenizers", ()), getattr(encoders, "tokenizers", ()), strict=True):
+        tokenizers = dict(zip(pipeline.get("tokenizers", ()), getattr(encoders, "tokenizers", ()), strict=True))
+        for name, tokenizer in tokenizers.items():
             tokenizer.save_pretrained(args.out / name)
+    if tokenizers:
+        cases.write(args.out / "cases.json", tokenizers, encoders.max_tokens)
     save_json(pipeline, args.out / "pipeline.json")
 
     print_table(report, args, about)

@@ -60,7 +60,7 @@ def noise_case(seed, count=1024):
 
 
 def euler_case(guidance, times):
-    """flow.euler_sample on given velocities: x after every step. With guidance a velocity is the caption's, then the empty one's."""
+    """flow.euler_sample on given velocities: x after every step. With guidance: the caption's, then the empty one's."""
     g, steps, texts = rng(len(times)), len(times) - 1, 1 if guidance == 1 else 2
     noise, velocities, seen = torch.randn(1, 2, 2, 2, generator=g), torch.randn(steps, texts, 2, 2, 2, generator=g), []
     given, text = iter(velocities), (torch.zeros(1, 1, 1), torch.ones(1, 1))

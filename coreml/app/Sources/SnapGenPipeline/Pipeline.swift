@@ -19,7 +19,7 @@ public struct Plan: Decodable, Sendable {
 }
 
 /// What is known after a step. Milliseconds are those of Core ML's predictions alone; `whole` is all that passed until now.
-public struct Progress: Sendable {
+public struct Drawing: Sendable {
     public internal(set) var text = 0.0, steps: [Double] = [], decoder = 0.0, whole = 0.0
     public internal(set) var picture: Picture?
 }
@@ -66,10 +66,10 @@ public struct Progress: Sendable {
         /// Draws a prompt; `onStep` hears of every step. With `previews` each step's x_0 is decoded too, otherwise only the last.
         /// Throws a Problem, Core ML's own error, or CancellationError between two steps of a cancelled task.
         public func draw(
-            _ prompt: String, seed: Int, steps: Int, previews: Bool = true, onStep: @MainActor @Sendable (Progress) -> Void
+            _ prompt: String, seed: Int, steps: Int, previews: Bool = true, onStep: @MainActor @Sendable (Drawing) -> Void
         ) async throws {
             let start = ContinuousClock.now, side = plan.latent_sizes[0], guided = plan.guidance != 1
-            var progress = Progress()
+            var progress = Drawing()
             var (text, mask, milliseconds) = try await states(of: prompt)
             if guided {
                 let empty = try await states(of: "")
