@@ -4,7 +4,10 @@
 
     /// What is on the screen, and the one drawing that is under way. The networks live in Pipeline, off the main actor.
     @MainActor @Observable final class Studio {
-        var prompt = Studio.examples[0], seed = 0, steps = 4, previews = true
+        var prompt = Studio.examples[0]
+        var seed = 0
+        var steps = 4
+        var previews = true
         private(set) var pipeline: Pipeline?
         private(set) var progress: Drawing?
         private(set) var wanted = (prompt: "", steps: 0)  // of the drawing under way, or of the last one
