@@ -4,6 +4,7 @@ The Swift side, `swift test` in coreml/app, computes the cases again.
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -129,9 +130,9 @@ def test_every_case_is_read_by_a_swift_test():
     assert sorted(map(sorted, structs.values())) == sorted(map(sorted, inner))
     tests = [f for f in nodes(parse(TESTS.read_bytes()), "function_declaration")
              if text(f.child_by_field_name("name")).startswith("test")]  # fmt: skip
-    used = {text(n).lstrip(".") for test in tests for n in nodes(test, "navigation_suffix")}
-    used |= {text(n).split(".")[-1] for test in tests for n in nodes(test, "key_path_expression")}
-    assert set(committed).union(*inner) <= used
+    code = "\n".join(text(n) for test in tests for n in nodes(test, "navigation_expression", "key_path_expression"))
+    whole, parts = (set(re.findall(rf"{start}\.(\w+)", code)) for start in (r"\bcases(?:\(\))?", r"(?:\bone|\\)"))
+    assert whole >= committed.keys() and parts >= set().union(*inner)
 
 
 def test_what_swift_reads_is_what_an_export_writes(build):
