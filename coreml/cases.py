@@ -60,14 +60,14 @@ def noise_case(seed, count=1024):
 
 
 def euler_case(guidance, times):
-    """flow.euler_sample on given velocities: x after every step. With guidance: the caption's, then the empty one's."""
+    """flow.euler_steps on given velocities: x after every step. With guidance: the caption's, then the empty one's."""
     g, steps, texts = rng(len(times)), len(times) - 1, 1 if guidance == 1 else 2
     noise, velocities, seen = torch.randn(1, 2, 2, 2, generator=g), torch.randn(steps, texts, 2, 2, 2, generator=g), []
     given, text = iter(velocities), (torch.zeros(1, 1, 1), torch.ones(1, 1))
-    last = flow.euler_sample(lambda *inputs: next(given), noise, text, text, guidance=guidance, times=times,
-                             callback=lambda i, t, x, x0: seen.append(x))  # fmt: skip
+    for _, x, _ in flow.euler_steps(lambda *inputs: next(given), noise, text, text, guidance=guidance, times=times):
+        seen.append(x.flatten().tolist())
     return {"guidance": guidance, "times": times, "noise": noise.flatten().tolist(),
-            "velocities": velocities.flatten(1).tolist(), "latents": [x.flatten().tolist() for x in [*seen[1:], last]]}  # fmt: skip
+            "velocities": velocities.flatten(1).tolist(), "latents": seen[1:]}  # fmt: skip
 
 
 def picture_case(height=3, width=4):
