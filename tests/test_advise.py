@@ -52,12 +52,6 @@ class Norm(nn.Module):
         return F.layer_norm(x, (64,))  # sin: norm
 
 
-class RMSNorm(nn.Module):
-    def forward(self, x):
-        h = x * x
-        return x * torch.rsqrt(h.mean(-1, keepdim=True).amax(-2, keepdim=True))  # sin: norm
-
-
 class Linear(nn.Module):
     def __init__(self):
         super().__init__()
@@ -173,6 +167,11 @@ def test_sins_that_coremltools_removes_or_refuses_are_found_in_programs_of_other
         h = mb.silu(x=mb.transpose(x=x, perm=[0, 2, 3, 1]))
         return mb.transpose(x=h, perm=[0, 2, 3, 1])
 
+    @mb.program(input_specs=[mb.TensorSpec((1, 64, 64), dtype=types.fp16)])
+    def rms(x):  # over the last axis, and leaves one number there
+        return mb.reduce_mean(x=x, axes=[-1], keep_dims=True)
+
+    assert [f.rule for f in advise.advise(rms)[0]] == ["norm", "padding"]
     assert [(f.rule, f.note) for f in advise.advise(six)[0]] == [("rank", "6 axes")]
     assert [f.rule for f in advise.advise(twice)[0]] == ["reshapes"]
     assert advise.advise(twice)[0][0].note.endswith("around silu")
