@@ -193,7 +193,10 @@ def linear(graph, limits):
 def transpose(graph, limits):
     for op in graph.ops:
         if op.op_type == "transpose" and size(op.outputs[0]) >= limits["large"]:
-            yield op, size(op.outputs[0]), f"to {[int(axis) for axis in op.inputs['perm'].val]}"
+            perm, axes = [int(axis) for axis in op.inputs["perm"].val], op.inputs["x"].shape
+            moved = [axis % len(perm) for axis in perm if axes[axis] > 1]
+            idle = ", only axes of 1 move: a reshape would do" if moved == sorted(moved) else ""
+            yield op, size(op.outputs[0]), f"to {perm}{idle}"
 
 
 def reshapes(graph, limits):
