@@ -212,22 +212,24 @@ def show(films, step):
         k = min(step, len(film.frames) - 1)
         t, x, x0 = film.frames[k]
         name = "x<sub>0</sub>, the picture" if k == film.steps else "x<sub>0</sub>, predicted"
-        told = f"step {k} of {film.steps} · {film.forwards} forwards · {1000 * film.seconds:.0f} ms · seed {film.seed}"
-        sections.append((html.escape(film.name), picture(x, f"x<sub>t</sub>, t = {t:.3f}") + picture(x0, name), told))
+        pair = picture(x, f"x<sub>t</sub>, t = {t:.3f}, step {k} of {film.steps}") + picture(x0, name)
+        told = f"{film.forwards} forwards · {1000 * film.seconds:.0f} ms · seed {film.seed}"
+        sections.append((html.escape(film.name).replace("/", "/<wbr>"), pair, told))
     if not films:
         blank = '<figure><div class="blank"></div><figcaption>x<sub>{}</sub>, {}</figcaption></figure>'
         pair = blank.format("t", "from noise to picture") + blank.format(0, "as the network predicts it")
         sections.append(("&nbsp;", pair, "Nothing is drawn yet."))
     sections = [f'<section><h3>{a}</h3><div class="pair">{b}</div><p>{c}</p></section>' for a, b, c in sections]
-    return f'<div class="films">{"".join(sections)}</div>'
+    return f'<div class="films{" two" if len(films) > 1 else ""}">{"".join(sections)}</div>'
 
 
 CSS = """
-.films { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 16px; }
-.films section { max-width: 640px; }
-.films h3 { margin: 0 0 6px; font-size: 1rem; overflow-wrap: anywhere; }
+.films { display: grid; gap: 16px; max-width: 640px; }
+.films h3 { margin: 0 0 4px; font-size: 1rem; overflow-wrap: anywhere; }
 .films p { margin: 2px 0 0; font-variant-numeric: tabular-nums; opacity: .8; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 10px; }
+.two { grid-template-columns: 1fr 1fr; }
+.two .pair { grid-template-columns: 1fr; }
 .pair figure { margin: 0; }
 .pair img, .blank { width: 100%; aspect-ratio: 1; border-radius: 6px; image-rendering: pixelated; display: block; }
 .blank { background: var(--background-fill-secondary); border: 1px dashed var(--border-color-primary); }
@@ -362,7 +364,7 @@ def screenshot(url, path):
         half = int(slider.get_attribute("max")) // 2
         slider.fill(str(half))
         page.get_by_text(f"step {half} of").wait_for()
-        file = io.BytesIO(page.screenshot(animations="disabled"))
+        file = io.BytesIO(page.screenshot(full_page=True, animations="disabled"))
     save_atomically(lambda p: Image.open(file).quantize(256).save(p, optimize=True), path)
 
 
