@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from coremltools.converters.mil.mil.scope import ScopeSource
+from coreml.mil_interpreter import ScopeSource  # of coremltools, with its warnings about this machine silenced
 
 ROOT = Path(__file__).parent.parent
 UNKNOWN = "? ?"  # of an operation that nobody wrote down
