@@ -7,8 +7,9 @@
     python -m course.demo --screenshot assets/readme/demo.png
 
 The pictures are those of sample.py, bit for bit: the same prompt, seed, steps and guidance give the same picture there. The page
-shows every state that the sampler goes through, x_t and the x_0 that the network predicts from it, and counts forwards as
-course/5_few_steps.md does: a guided step costs two. Everything comes from this computer; nothing is sent anywhere.
+shows every state that the sampler goes through, x_t and the x_0 that the network predicts from it, and counts forwards: a guided
+step costs two. Milliseconds are those of the text encoders and the UNet, without the decoder that makes each step visible.
+Everything comes from this computer, and nothing is sent anywhere.
 """
 
 import base64
@@ -46,7 +47,7 @@ NOBODY = "none"
 WELCOME = "Every drawing begins with noise, t = 1, and ends with a picture, t = 0. Type a prompt or click an example."
 
 # ------------------------------------------------------------------------------------------------------------------
-# Models and drawings: no Gradio up to here
+# Models and drawings, without Gradio
 
 
 class Shelf:
@@ -329,7 +330,7 @@ def import_gradio():
 
 
 def serve(gr, shelf, host, port):
-    """Start the page in the background: (Blocks, its address). Raises SystemExit when the port is taken."""
+    """Start the page in the background: (Blocks, its address). Raises SystemExit when the port is taken or the host not ours."""
     page = build(gr, shelf)
     fonts = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # those of the system
     theme = gr.themes.Default(primary_hue="blue", **fonts)
@@ -337,7 +338,8 @@ def serve(gr, shelf, host, port):
         _, url, _ = page.launch(server_name=host, server_port=port, theme=theme, css=CSS, footer_links=[], share=False,
                                 ssr_mode=False, prevent_thread_lock=True, quiet=True)  # fmt: skip
     except OSError as error:
-        raise SystemExit(f"cannot serve at {host}:{port or '7860 and above'}: {sentence(error)} Give another --port.") from error
+        where = f"{host}, port {port or '7860 and above'}"
+        raise SystemExit(f"cannot serve at {where}: taken, or not this computer's. Give another --port or --host.") from error
     return page, url
 
 

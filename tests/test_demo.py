@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import flow
 import sample
 from common.checkpoint import load_student
 from common.encoders import FrozenEncoders
@@ -49,17 +50,17 @@ def same(a, b):
 
 
 def test_the_last_frame_is_the_picture_of_sample_py_bit_for_bit(shelf):
-    recommended = shelf.sampling[FEW]
+    recommended, seen = shelf.sampling[FEW], []
     rounds = []
     for films in demo.draw(shelf, PROMPTS[0], 5, [(FM, 3, 2.0), (FEW, *recommended.values())]):
         rounds.append([len(film.frames) for film in films])
     guided, few = films
-    times = load_student(FEW)[1]["sampling"]["times"]  # stage 3 names its times; they count when its steps are not changed
-    assert [t for t, _, _ in few.frames] == pytest.approx(times)
-    assert rounds == [[min(k, 4), min(k, len(times))] for k in range(1, max(4, len(times)) + 1)]  # a step of each in turn
+    steps = recommended["steps"]
+    assert rounds == [[min(k, 4), min(k, steps + 1)] for k in range(1, max(4, steps + 1) + 1)]  # a step of each in turn
     assert same(guided.frames[-1][2], drawn_by_sample(FM, PROMPTS[0], 5, steps=3, guidance=2.0))
-    assert same(few.frames[-1][2], drawn_by_sample(FEW, PROMPTS[0], 5))
-    assert (guided.forwards, few.forwards) == (6, len(times) - 1 if recommended["guidance"] == 1 else 2 * len(times) - 2)
+    assert same(few.frames[-1][2], drawn_by_sample(FEW, PROMPTS[0], 5, callback=lambda t, *_: seen.append(t)))
+    assert [t for t, _, _ in few.frames] == seen
+    assert (guided.forwards, few.forwards) == (6, steps if recommended["guidance"] == 1 else 2 * steps)
     assert guided.seconds > 0
 
 
@@ -96,6 +97,15 @@ def copy_student(target, **changes):
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     (target / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
     return target
+
+
+def test_times_that_a_config_names_count_until_the_steps_are_changed(tmp_path):
+    times = [1.0, 0.4, 0.0]  # no shift gives these
+    folder = copy_student(tmp_path / "run", sampling={"steps": 2, "guidance": 1.0, "shift": 3.0, "times": times}).as_posix()
+    shelf = demo.Shelf([folder], "cpu")
+    for steps, expected in ((2, times), (1, [1.0, 0.0]), (3, flow.sampling_timesteps(3, 3.0).tolist())):
+        *_, (film,) = demo.draw(shelf, PROMPTS[0], 0, [(folder, steps, 1.0)])
+        assert [t for t, _, _ in film.frames] == pytest.approx(expected)
 
 
 def test_what_is_offered_and_what_is_not(tmp_path, monkeypatch, capsys):
