@@ -446,7 +446,7 @@ def test_turbo_folder_of_another_shape(tmp_path, home):
 
 
 def test_figures_and_ablation(home, finished, capsys, monkeypatch):
-    monkeypatch.setattr(few_steps, "prompts_of", lambda split, n, seed: prompts_of(split, 1, seed))  # fewer pictures
+    monkeypatch.setattr(few_steps, "prompts_of", lambda split, n, seed: prompts_of(split, 1, seed)[:2])  # fewer pictures
     few_steps.main([*SMALL, "--compare", str(finished), "--before", "assets/zoo/fm", "--out", "runs/figures"])
     assert (home / "runs/figures/compare.png").is_file() and "times as fast" in capsys.readouterr().out
     rows = ["distillation only", "and wrong captions"]
