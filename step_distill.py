@@ -325,7 +325,7 @@ def make_parser(doc=__doc__, example="python step_distill.py --init runs/distill
     # losses
     p.add_argument("--losses", choices=("adv", "kd", "adv+kd"), default="adv+kd", help="adversarial, distillation, or both")
     p.add_argument("--adv-weight", type=real(0), default=0.05, help="weight of the adversarial loss beside S(L_task, L_kd)")
-    p.add_argument("--ramp", type=integer(0), default=0, help="steps without L_adv, and as many again in which its weight grows")
+    p.add_argument("--ramp", type=integer(0), default=100, help="steps without L_adv, and as many again in which its weight grows")
     p.add_argument("--wrong-captions", type=real(0), default=0.0, help="weight of real latents with wrong captions in D's loss")
     p.add_argument("--level-shift", type=real(0.1), default=1.0, help="shift of the noise level at which D looks")
     p.add_argument("--penalty", type=real(0), default=0.1, help="weight of the gradient penalty (R1) on the heads' inputs")

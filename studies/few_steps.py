@@ -25,10 +25,10 @@ ROWS = {
     "adversarial only": {"losses": "adv"},
     "distillation only": {"losses": "kd"},
     "both": {"losses": "adv+kd"},
-    "both, ramped": {"losses": "adv+kd", "ramp": 50},
-    "ramped, weight 0.3": {"losses": "adv+kd", "ramp": 50, "adv_weight": 0.3},
-    "and wrong captions": {"losses": "adv+kd", "ramp": 50, "adv_weight": 0.3, "wrong_captions": 0.5},
-    "and shifted levels": {"losses": "adv+kd", "ramp": 50, "adv_weight": 0.3, "level_shift": 3.0},
+    "both, at once": {"losses": "adv+kd", "ramp": 0},
+    "both, weight 0.3": {"losses": "adv+kd", "adv_weight": 0.3},
+    "and wrong captions": {"losses": "adv+kd", "adv_weight": 0.3, "wrong_captions": 0.5},
+    "and shifted levels": {"losses": "adv+kd", "adv_weight": 0.3, "level_shift": 3.0},
 }
 OWN = ("ablate", "compare", "before", "rows", "seeds", "per_family")  # flags that are no part of a training
 

@@ -28,20 +28,8 @@ from studies import few_steps
 
 pytestmark = pytest.mark.usefixtures("at_home")
 ROOT = Path(__file__).parent.parent
-SMALL = [
-    "--init",
-    "assets/zoo/fm",
-    "--pictures",
-    "64",
-    "--batch",
-    "4",
-    "--solver-steps",
-    "4",
-    "--watch",
-    "0",
-    "--device",
-    "cpu",
-]
+SMALL = ["--init", "assets/zoo/fm", "--pictures", "64", "--batch", "4", "--solver-steps", "4", "--watch", "0", "--device", "cpu",
+         "--ramp", "0"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
