@@ -45,7 +45,8 @@ from common.figures import stack
 from model import UNet, ladder
 
 BINS = 5  # of t: a loss is logged for each fifth of (0, 1), since the average alone goes flat early and says little
-FREE = {"out", "resume", "device", "compile", "save_every", "accumulate", "checkpointing", "watch"}  # may change on a resume
+# flags that may change on a resume:
+FREE = {"out", "resume", "device", "compile", "save_every", "accumulate", "checkpointing", "watch", "workers"}
 
 
 class Run:
