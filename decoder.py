@@ -41,7 +41,7 @@ from common.device import autocast, move
 from common.distances import psnr
 from common.encoders import FrozenAutoencoder
 from common.figures import curves, side_by_side
-from common.pictures import CaptionedFolder, to_tensor
+from common.pictures import CACHE, CaptionedFolder, to_tensor
 from common.run import Run, update_ema
 from common.seeds import rng
 from common.shapes import SIDE, ShapesWorld
@@ -250,7 +250,7 @@ class Crops(NamedTuple):
 def open_pictures(args):
     """(training pictures, validation pictures): anything with len() whose [i] is (picture, caption)."""
     if args.data:
-        return CaptionedFolder(args.data, args.resolution, captioned=False).split()
+        return CaptionedFolder(args.data, args.resolution, captioned=False, cache=CACHE).split()
     if args.resolution != SIDE:
         raise SystemExit(f"the shapes world has pictures of {SIDE} pixels, not {args.resolution}: give --data a folder.")
     return ShapesWorld("train", 0, max(1, args.steps * args.batch)), ShapesWorld("val", 0, 256)
