@@ -31,6 +31,7 @@ from common.encoders import join_text, pad_text
 from common.pictures import CACHE, CaptionedFolder, to_tensor
 from common.seeds import batch_indices
 from common.shapes import SPLITS, ShapesWorld
+from common.sources import is_raw
 from model import PRESETS
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -194,7 +195,7 @@ def open_data(args, encoders):
         side = encoders.factor * parts[0].shape[-1]
         if side != args.resolution:
             raise SystemExit(f"the shards in {folder} are of {side} pixels: give --resolution {side}, or encode others.")
-    elif folder and (folder.suffix == ".tar" or shards.is_raw(folder)):
+    elif folder and (folder.suffix == ".tar" or is_raw(folder)):
         raise SystemExit(f"{folder} is encoded once before training: python data.py encode {folder} --out DIR "
                          f"--resolution {args.resolution} --teacher {args.teacher}, then --data DIR.")  # fmt: skip
     elif folder:
