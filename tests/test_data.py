@@ -1,6 +1,7 @@
 """The shapes world, folders of pictures, and the cache of latents."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -133,12 +134,16 @@ def test_a_picture_is_checked_once(folder, tmp_path_factory, opened):
     (folder / "noise.png").write_bytes((folder / "rgb.png").read_bytes())  # mended
     (folder / "grey.png").write_bytes(b"damaged since")
     (folder / "one.bmp").unlink()
+    content = (folder / "alpha.png").read_bytes()
+    (folder / "alpha.png").write_bytes(b"?" + content[1:])  # as many bytes as before
+    os.utime(folder / "alpha.png", (0, 0))
     Image.new("RGB", (9, 9)).save(folder / "new.png")
     (folder / "new.txt").write_text("a new one")
-    with pytest.warns(UserWarning, match="left out 2 of 11"):
+    with pytest.warns(UserWarning, match="left out 3 of 11"):
         found = CaptionedFolder(folder, 64, cache=cache)
-    assert sorted(opened) == ["grey.png", "new.png", "noise.png"]
-    assert {path.name for path in found.skipped} == {"grey.png", "half.png"}
+    assert sorted(opened) == ["alpha.png", "grey.png", "new.png", "noise.png"]
+    assert {path.name for path in found.skipped} == {"alpha.png", "grey.png", "half.png"}
+    (folder / "alpha.png").write_bytes(content)
     assert {path.name for path, _ in found.pairs} >= {"noise.png", "new.png"}
     (note,) = cache.iterdir()
     note.write_text("{half")  # damaged: checked again, not believed
