@@ -28,9 +28,10 @@ from common import parallel, shards
 from common.arguments import Parser, integer
 from common.checkpoint import save_atomically
 from common.encoders import join_text, pad_text
-from common.pictures import CaptionedFolder, to_tensor
+from common.pictures import CACHE, CaptionedFolder, to_tensor
 from common.seeds import batch_indices
 from common.shapes import SPLITS, ShapesWorld
+from common.sources import is_raw
 from model import PRESETS
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ def cached(path, compute):
     return tensors, captions
 
 
-def encode_dataset(dataset, encoders, cache="runs/cache", batch=None):
+def encode_dataset(dataset, encoders, cache=CACHE, batch=None):
     """Pass a dataset through the frozen encoders once: Latents, cached as two safetensors files under `cache`.
 
     The files' names are hashes of the dataset's content and of the encoders' weights, so another picture, caption or
@@ -194,11 +195,11 @@ def open_data(args, encoders):
         side = encoders.factor * parts[0].shape[-1]
         if side != args.resolution:
             raise SystemExit(f"the shards in {folder} are of {side} pixels: give --resolution {side}, or encode others.")
-    elif folder and (folder.suffix == ".tar" or shards.is_raw(folder)):
+    elif folder and (folder.suffix == ".tar" or is_raw(folder)):
         raise SystemExit(f"{folder} is encoded once before training: python data.py encode {folder} --out DIR "
                          f"--resolution {args.resolution} --teacher {args.teacher}, then --data DIR.")  # fmt: skip
     elif folder:
-        parts = [encode_dataset(part, encoders) for part in CaptionedFolder(folder, args.resolution).split()]
+        parts = [encode_dataset(part, encoders) for part in CaptionedFolder(folder, args.resolution, cache=CACHE).split()]
     else:
         worlds = ShapesWorld("train", 0, args.pictures), ShapesWorld("val", 0, 256)
         parts = [encode_dataset(world, encoders) for world in worlds]
@@ -225,7 +226,7 @@ def main(argv=None):
     p.add_argument("--n", type=integer(1), default=24, help="pictures")
     p.add_argument("--out", metavar="FILE", default="data.png", help="where to write the sheet")
     args = p.parse_args(argv)
-    pictures = CaptionedFolder(args.data, 128) if args.data else ShapesWorld(args.split, args.seed, args.n)
+    pictures = CaptionedFolder(args.data, 128, cache=CACHE) if args.data else ShapesWorld(args.split, args.seed, args.n)
     items = [pictures[i] for i in range(min(args.n, len(pictures)))]
     side, columns, font = 128, 4, ImageFont.load_default(11)
     sheet = Image.new("RGB", (columns * 310, math.ceil(len(items) / columns) * (side + 24)), "white")

@@ -13,7 +13,7 @@ that the latent space stays the teacher's, and trains another decoder for it, wi
                               256             160              160            64
 
     python decoder.py                                   # train the class-scale decoder, writes runs/decoder
-    python decoder.py --size sd3 --vae stable-diffusion-3.5-large --data DIR --batch 256 --steps 1000000   # the paper's
+    torchrun --nproc_per_node 8 decoder.py --size sd3 --vae stable-diffusion-3.5-large --data DIR --batch 256 --steps 1000000
 
 Table 2, quality beside the teacher's decoder and the ablation: studies/decoder.py.
 
@@ -24,9 +24,9 @@ Table 2, quality beside the teacher's decoder and the ablation: studies/decoder.
 No KL: the encoder is frozen, the latents are given. The discriminator D, widths and blocks (the simplest that meet Table 2): [A].
 """
 
-import functools
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ from common.device import autocast, move
 from common.distances import psnr
 from common.encoders import FrozenAutoencoder
 from common.figures import curves, side_by_side
-from common.pictures import CaptionedFolder, to_tensor
+from common.pictures import CACHE, CaptionedFolder, to_tensor
 from common.run import Run, update_ema
 from common.seeds import rng
 from common.shapes import SIDE, ShapesWorld
@@ -67,8 +67,7 @@ class DecoderConfig:
     def __post_init__(self):
         for name in ("channels", "blocks"):  # JSON brings lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        wrong = [c for c in self.channels if c % self.groups]
-        if wrong or len(self.channels) != len(self.blocks):
+        if any(c % self.groups for c in self.channels) or len(self.channels) != len(self.blocks):
             raise ValueError(f"channels {self.channels} must be multiples of groups={self.groups}, one for each of blocks")
 
 
@@ -202,9 +201,6 @@ class Perceptual(nn.Module):
             self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         self.requires_grad_(False).eval()
 
-    def train(self, mode=True):
-        return super().train(False)  # its batch norms stay as they are
-
     def features(self, x):
         h = self.net._swish(self.net._bn0(self.net._conv_stem(x)))  # the package's names; lite's "swish" is a ReLU6
         yield h
@@ -236,8 +232,10 @@ class Discriminator(nn.Sequential):
 
 def adaptive_weight(loss, loss_adv, weight):
     """How much the adversarial loss may count: as VQGAN (arXiv 2012.09841) does, such that at the last layer its gradient
-    is as long as the other losses' gradient. Without it one of the two always drowns the other."""
-    length, length_adv = (torch.autograd.grad(some, weight, retain_graph=True)[0].norm() for some in (loss, loss_adv))
+    is as long as the other losses' gradient. Without it one of the two always drowns the other. Gradients are averaged over
+    ranks before their lengths are taken: the weight is that of the whole batch, and the same on every rank."""
+    gradients = (torch.autograd.grad(some, weight, retain_graph=True)[0] for some in (loss, loss_adv))
+    length, length_adv = (parallel.total(gradient).norm() / parallel.world() for gradient in gradients)
     return (length / (length_adv + 1e-8)).clamp(max=1e4).detach()
 
 
@@ -252,52 +250,51 @@ class Crops(NamedTuple):
 def open_pictures(args):
     """(training pictures, validation pictures): anything with len() whose [i] is (picture, caption)."""
     if args.data:
-        return CaptionedFolder(args.data, args.resolution, captioned=False).split()
+        return CaptionedFolder(args.data, args.resolution, captioned=False, cache=CACHE).split()
     if args.resolution != SIDE:
         raise SystemExit(f"the shapes world has pictures of {SIDE} pixels, not {args.resolution}: give --data a folder.")
     return ShapesWorld("train", 0, max(1, args.steps * args.batch)), ShapesWorld("val", 0, 256)
 
 
-def random_crops(pictures, args, step):
-    """Crops of the pictures of one step, all drawn from (seed, step)."""
-    g, crops = rng(args.seed, step, 1), []
+def random_crops(pictures, args, step, pool, rows=slice(None)):
+    """Crops of the pictures of one step, all drawn from (seed, step); with `rows`, one rank's. The threads of `pool` open them."""
+    g, places = rng(args.seed, step, 1), []
     for i in range(step * args.batch, (step + 1) * args.batch):
         i = int(torch.randint(len(pictures), (), generator=g)) if args.data else i % len(pictures)
+        places.append((i, *torch.randint(args.resolution - args.patch + 1, (2,), generator=g).tolist()))
+
+    def crop(i, left, top):
         try:
-            picture = pictures[i][0]
+            return pictures[i][0].crop((left, top, left + args.patch, top + args.patch))
         except OSError as error:
             raise SystemExit(f"{error}. It was there when the run began; put it back and --resume.") from error
-        left, top = (int(torch.randint(side - args.patch + 1, (), generator=g)) for side in picture.size)
-        crops.append(picture.crop((left, top, left + args.patch, top + args.patch)))
-    return Crops(to_tensor(crops))
+
+    return Crops(to_tensor(list(pool.map(crop, *zip(*places[rows], strict=True)))))
 
 
 def train(args, cfg=None):
     """Train one decoder; cfg: its DecoderConfig, if not that of --size."""
-    if parallel.world() > 1:
-        raise SystemExit("decoder.py trains on one GPU (1.4 M weights do not fill more): start it without torchrun.")
-    run = Run(args, "decoder")
-    autoencoder = FrozenAutoencoder(args.vae, run.device)
+    run, pool = Run(args, "decoder"), ThreadPoolExecutor(args.workers)
+    autoencoder = FrozenAutoencoder(args.vae, run.device, run.half)
     pictures, validation = open_pictures(args)
     cfg = replace(cfg or PRESETS[args.size], latent_channels=autoencoder.latent_channels)
     networks = TinyDecoder(cfg), TinyDecoder(cfg), Discriminator(), Perceptual(args.perceptual)
     decoder, ema, discriminator, perceptual = (net.to(run.device, memory_format=torch.channels_last) for net in networks)
     if args.init:
         load_weights(decoder, load_decoder(args.init)[0].state_dict(), args.init)
-    ema.load_state_dict(decoder.state_dict())
-    ema.requires_grad_(False).eval()
+    ema.requires_grad_(False).eval().load_state_dict(decoder.state_dict())
     # Betas and rates [A]. The discriminator forgets fast (beta1 = 0.5), since what it looks at changes all the time, and learns at
     # a tenth of the decoder's rate: at the same rate its logits swung, together for real and reconstructed, and said nothing.
-    adamw = functools.partial(torch.optim.AdamW, weight_decay=0.0, fused=True)
-    decoder_optimizers = [adamw(decoder.parameters(), lr=args.lr, betas=(0.9, 0.99))]
-    discriminator_optimizers = [adamw(discriminator.parameters(), lr=args.lr / 10, betas=(0.5, 0.9))]
+    plain = {"weight_decay": 0.0, "fused": True}
+    decoder_optimizers = [torch.optim.AdamW(decoder.parameters(), lr=args.lr, betas=(0.9, 0.99), **plain)]
+    discriminator_optimizers = [torch.optim.AdamW(discriminator.parameters(), lr=args.lr / 10, betas=(0.5, 0.9), **plain)]
     run.config |= {"encoders": args.vae, "scaling_factor": autoencoder.scaling_factor, "shift_factor": autoencoder.shift_factor}
     run.keep([*decoder_optimizers, *discriminator_optimizers], {"pictures": pictures.name, "vae": autoencoder.fingerprint("vae"),
              "shape": json.loads(json.dumps(asdict(cfg)))}, model=decoder, ema=ema, discriminator=discriminator)  # fmt: skip
     held_out = to_tensor([validation[i][0] for i in range(min(len(validation), 64))]).to(run.device)
     held_out_latents = autoencoder.encode_pictures(held_out)
 
-    for step, crops in run.steps(lambda step: random_crops(pictures, args, step)):
+    for step, crops in run.steps(lambda step: random_crops(pictures, args, step, pool, run.rows)):
         x = move(crops, run.device).x.contiguous(memory_format=torch.channels_last)
         latents = autoencoder.encode_pictures(x).contiguous(memory_format=torch.channels_last)  # frozen: no gradient
 
@@ -327,7 +324,8 @@ def train(args, cfg=None):
             run.step(discriminator_optimizers, discriminator, clip=math.inf, name="grad_norm_d")
 
         if run.due():
-            save_atomically(side_by_side(validation, autoencoder, ema, run.device, count=6).save, run.out / "compare.png")
+            if run.main:
+                save_atomically(side_by_side(validation, autoencoder, ema, run.device, count=6).save, run.out / "compare.png")
             run.save(ema, kind="decoder", plot=plot,
                      measure=lambda: {"val_psnr": psnr(ema.decode_latents(held_out_latents), held_out).mean().item()})  # fmt: skip
 
@@ -348,9 +346,10 @@ def make_parser(doc=__doc__, example="python decoder.py --steps 1000 --out runs/
     p.add_argument("--data", metavar="DIR", help="folder of pictures, captions or not; without it, the shapes world")
     p.add_argument("--resolution", type=integer(16), help="--data is scaled and centre-cropped to it; default: 64 or 512 by --size")
     p.add_argument("--patch", type=integer(16, multiple=8), help="side of the random crops; default: 48 or 256 by --size")
+    p.add_argument("--workers", type=integer(1), default=8, help="threads of each process that open pictures, ahead of the GPU")
     # optimisation
     p.add_argument("--steps", type=integer(1), default=4000, help="training steps")
-    p.add_argument("--batch", type=integer(1), default=16, help="crops a step")
+    p.add_argument("--batch", type=integer(1), default=16, help="crops a step, of all GPUs together")
     p.add_argument("--lr", type=real(0), default=2e-3, help="the decoder's after the warm-up; the discriminator's is a tenth")
     p.add_argument("--seed", type=integer(0), default=0, help="of weights, pictures and crops")
     p.add_argument("--perceptual", choices=("effnet", "lpips"), default="effnet", help="whose features: see class Perceptual")

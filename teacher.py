@@ -9,21 +9,16 @@ folder of stable-diffusion-3.5-large are read by the same lines. Its conventions
     path    the same straight line and the same velocity eps - x_0, in the same latent space: nothing to convert
 """
 
-import hashlib
-import json
 import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
-from transformers import AutoTokenizer, T5EncoderModel
 
 import flow
-from common import parallel
-from data import cached
-
-T5_TOKENS = 256  # diffusers' max_sequence_length
+from common.encoders import T5, T5_TOKENS, StoredT5
+from common.pictures import CACHE
 
 
 class WeightedTextAttention:
@@ -65,31 +60,13 @@ class WeightedTextAttention:
         return attn.to_out[0](picture), text
 
 
-class T5:
-    """The T5 of an SD3 folder as a text encoder, or one that says nothing: no folder text_encoder_3, or zeros for any caption."""
-
-    def __init__(self, folder, device="cpu", dtype=torch.float32):
-        self.device, self.silent = device, not (folder / "text_encoder_3").is_dir()
-        if not self.silent:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer_3")
-            self.encoder = T5EncoderModel.from_pretrained(folder / "text_encoder_3", dtype=dtype).to(device).eval()
-            self.silent = not self(["a photo"]).any()
-
-    @torch.no_grad()
-    def __call__(self, captions):
-        """Captions -> (B, 256, D) float16, padding included: SD3's transformer attends to it."""
-        ids = self.tokenizer(
-            list(captions), padding="max_length", max_length=T5_TOKENS, truncation=True, return_tensors="pt"
-        ).input_ids
-        return self.encoder(ids.to(self.device))[0].half().cpu()
-
-
 class Teacher:
     """The transformer of an SD3 folder, in eval mode and without gradients of its own (they flow through it to its input).
 
     Args:
         folder: an SD3 folder in diffusers' layout.
-        data: the data.Latents whose captions it will be asked about; their T5 states are computed once and cached.
+        data: the data.Latents whose captions it will be asked about; their T5 states are computed once and lie on the disk. Of
+            ShardedLatents, which may have millions of captions, T5 reads those of a batch as they come.
         device, dtype: where and in which precision it runs; velocities and features come back in float32.
         layers: indices of the joint blocks whose picture tokens are returned as features, -1 the last, "middle" the
             middle one; None: at a quarter, a half and the end, where a transformer knows about layout, objects, detail.
@@ -98,7 +75,7 @@ class Teacher:
         SystemExit: with one sentence, when the folder has no transformer, it cannot be read, or has no such layer.
     """
 
-    def __init__(self, folder, data, device="cpu", dtype=torch.float32, layers=(-1,), cache="runs/cache"):
+    def __init__(self, folder, data, device="cpu", dtype=torch.float32, layers=(-1,), cache=CACHE):
         folder = Path(folder)
         if not (folder / "transformer").is_dir():
             raise SystemExit(
@@ -120,30 +97,11 @@ class Teacher:
             blocks[layer].register_forward_hook(lambda block, i, out, layer=layer: self.seen.update({layer: out[1]}))
         self.feature_dim, self.patch, self.last = self.net.inner_dim, self.net.config.patch_size, None
 
-        # text: CLIP's states come with the data; T5's are computed once for its captions, or as they come if there are many
-        self.data, self.live, self.t5 = data, T5(folder, device, dtype) if data.streamed else None, None
-        if not data.streamed:
-            self.t5 = self._t5_of_all(folder, data.captions, cache)
-        self.silent = self.live.silent if data.streamed else self.t5 is None
+        self.data = data  # with CLIP's states of the captions; T5's are the teacher's own affair
+        self.t5 = T5(folder, device, dtype) if data.streamed else StoredT5(folder, data.captions, device, dtype, cache)
+        self.silent = self.t5.silent
         if self.silent:
             self.net.set_attn_processor(WeightedTextAttention(T5_TOKENS))
-
-    def _t5_of_all(self, folder, captions, cache, batch=64):
-        """(K, 256, D): T5's states of all captions, computed once, so that T5 need not stay in memory; None if it is silent."""
-        if not (folder / "text_encoder_3").is_dir():
-            return None
-        weights = sorted((p.name, p.stat().st_size) for p in (folder / "text_encoder_3").iterdir())
-        key = hashlib.sha256(json.dumps([captions, str(folder.resolve()), weights]).encode()).hexdigest()[:16]
-
-        def compute():
-            t5 = T5(folder, self.device, self.dtype)
-            if t5.silent:
-                return {"t5": torch.zeros(0)}, []
-            return {"t5": torch.cat([t5(captions[i : i + batch]) for i in range(0, len(captions), batch)])}, []
-
-        with parallel.first_alone():
-            states = cached(Path(cache) / f"t5-{key}.safetensors", compute)[0]["t5"]
-        return states if len(states) else None
 
     def compile(self):
         """torch.compile each block: minutes to start, then faster."""
@@ -154,22 +112,18 @@ class Teacher:
     def text(self, ids):
         """What the transformer reads of captions: (states (B, T, D), pooled (B, P)), as diffusers' pipeline lays them out."""
         ids = ids if ids.dim() == 1 else ids.amax(1)
-        if self.live is not None and not self.silent and self.last is not None and torch.equal(ids, self.last[0]):
+        if not self.silent and self.last is not None and torch.equal(ids, self.last[0]):
             return self.last[1]  # stage 3 asks about the same captions several times a step, and T5 is large
         states, pooled = self.data.clip(ids)
         clip = F.pad(states, (0, self.net.config.joint_attention_dim - states.shape[-1]))
         if self.silent:  # one zero token that counts 256 times
             t5 = clip.new_zeros(len(clip), 1, clip.shape[-1])
         else:
-            t5 = self.t5[ids] if self.live is None else self._t5_now(ids)
+            different, where = ids.unique(return_inverse=True)  # with guidance half of them are the empty one
+            t5 = self.t5(self.data.captions_of(different) if self.data.streamed else different)[where]
         text = torch.cat([clip, t5], dim=1).to(self.device, self.dtype), pooled.to(self.device, self.dtype)
         self.last = (ids.clone(), text)
         return text
-
-    def _t5_now(self, ids):
-        """T5's states of captions (B,), each different caption once: with guidance half of them are the empty one."""
-        different, where = ids.unique(return_inverse=True)
-        return self.live(self.data.captions_of(different))[where]
 
     def __call__(self, x_t, t, ids, guidance=1.0):
         """What the teacher says about noisy latents.

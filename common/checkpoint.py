@@ -171,8 +171,27 @@ def state_settings(folder):
         raise SystemExit(f"{path} is damaged ({error!r}); delete the run and start again.") from error
 
 
-def load_state(folder, settings, optimizers, **models):
-    """The inverse of save_state: returns the step to go on with, 0 if the folder holds no run yet.
+def changes(old, new, folders, began):
+    """What differs between the settings of a run and those it is to go on with, in words; [] if nothing does.
+
+    Some settings are hashes of what a folder holds. `folders` names it, {setting: (flag, folder)}, and `began` the folder of then.
+    """
+    words = []
+    for name, value in new.items():
+        flag, folder = folders.get(name, (name, None))
+        if old.get(name) == value:
+            continue
+        if not folder:
+            words.append(f"--{name} was {old.get(name)}, is {value}")
+        elif began.get(name) in (None, folder):
+            words.append(f"the files of --{flag} {folder} have changed since the run began")
+        else:
+            words.append(f"--{flag} {folder} holds other files than {began[name]}, with which the run began")
+    return words
+
+
+def load_state(folder, settings, optimizers, folders=None, **models):
+    """The inverse of save_state: returns the step to go on with, 0 if the folder holds no run yet. `folders`: see changes().
 
     Raises SystemExit when the run was made with other settings (another size, batch, seed, ...), since going on would
     not be the same run.
@@ -187,11 +206,12 @@ def load_state(folder, settings, optimizers, **models):
         old, step = json.loads(metadata["settings"]), int(metadata["step"])
     except (LookupError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise SystemExit(f"{path} is damaged ({error!r}); delete the run and start again.") from error
-    changed = [f"--{k} was {old.get(k)}, is {v}" for k, v in settings.items() if old.get(k) != v]
-    if changed:
-        raise SystemExit(
-            f"cannot resume {folder} with other settings: {'; '.join(changed)}. Use the same, or another --out."
-        )
+    config = Path(folder) / "config.json"
+    encoders = json.loads(config.read_text()).get("encoders") if config.is_file() else None
+    began = {"teacher": encoders, "vae": encoders, "turbo_weights": old.get("turbo"), "pictures": old.get("data")}
+    if changed := changes(old, settings, folders or {}, began):
+        raise SystemExit(f"cannot resume {folder} with other settings: {'; '.join(changed)}. Give what it began with, or another "
+                         "--out for a new run.")  # fmt: skip
     for key, model in models.items():
         load_weights(model, {n.removeprefix(f"{key}."): w for n, w in tensors.items() if n.startswith(f"{key}.")}, path)
     for k, optimizer in enumerate(_list(optimizers)):

@@ -9,18 +9,27 @@ and a download of stable-diffusion-3.5-large are read by the same lines:
 The paper's text-to-image model reads the caption with a language model besides, Gemma-2-2b [R]: --gemma names its folder.
 """
 
+import functools
 import hashlib
+import json
 import warnings
 from pathlib import Path
 
+import safetensors
+import safetensors.torch
 import torch
 import transformers
 from diffusers import AutoencoderKL
-from transformers import AutoTokenizer, CLIPTextModelWithProjection, CLIPTokenizer, Gemma2Model
+from tqdm import tqdm
+from transformers import AutoTokenizer, CLIPTextModelWithProjection, CLIPTokenizer, Gemma2Model, T5EncoderModel
+
+from common import parallel
+from common.checkpoint import save_atomically
 
 transformers.utils.logging.disable_progress_bar()  # one bar per network says nothing
 PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 GEMMA_TOKENS = 128  # [A]
+T5_TOKENS = 256  # diffusers' max_sequence_length
 
 
 def hash_folders(folders):
@@ -209,6 +218,76 @@ class Gemma:
             states.append(out.half().cpu())
             masks.append(tokens.attention_mask.bool().cpu())
         return torch.cat(states), torch.cat(masks)
+
+
+class T5:
+    """The T5 of an SD3 folder as a text encoder, or one that says nothing: no folder text_encoder_3, or zeros for any caption.
+
+    The student never reads it, the teacher does. In SD3.5 it has 4.7 B parameters.
+    """
+
+    def __init__(self, folder, device="cpu", dtype=torch.float32):
+        self.device, self.silent = device, not (folder / "text_encoder_3").is_dir()
+        if not self.silent:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer_3")
+            self.encoder = T5EncoderModel.from_pretrained(folder / "text_encoder_3", dtype=dtype).to(device).eval()
+            self.silent = not self(["a photo"]).any()
+
+    @torch.no_grad()
+    def __call__(self, captions):
+        """Captions -> (B, 256, D) float16 on the CPU, padding included: SD3's transformer attends to it, and it is no constant,
+        since T5 here attends to padding, too. So there is no storing the real tokens alone."""
+        ids = self.tokenizer(
+            list(captions), padding="max_length", max_length=T5_TOKENS, truncation=True, return_tensors="pt"
+        ).input_ids
+        return self.encoder(ids.to(self.device))[0].half().cpu()
+
+
+class StoredT5:
+    """T5's states of all captions of a data set: computed once, kept on the disk, read by rows. Then T5 need not stay in memory.
+
+    A caption takes 2.1 MB with SD3.5's T5 (256 x 4096 in half precision), ten thousand 21 GB. So they are written as they come,
+    `part` captions a file, cache/t5-HASH/00000.safetensors and so on, and the files are mapped: rows are read from the disk when
+    they are asked for, and the system forgets them when others need the memory. A file that is there is not made again. A silent
+    T5 has one file, an empty one.
+
+    Args: folder, of SD3; captions, all that will be asked for; device, dtype, where and how T5 runs; cache, a folder.
+    """
+
+    def __init__(self, folder, captions, device, dtype, cache, part=64):
+        weights = sorted((p.name, p.stat().st_size) for p in (folder / "text_encoder_3").glob("*"))
+        key = json.dumps([captions, str(folder.resolve()), weights, part])
+        self.folder, self.part = Path(cache) / f"t5-{hashlib.sha256(key.encode()).hexdigest()[:16]}", part
+        self.open = functools.cache(self._open)
+        with parallel.first_alone():
+            self._encode(folder, captions, device, dtype)
+        self.silent = self.open(0).get_shape()[0] == 0
+
+    def path(self, k):
+        return self.folder / f"{k:05d}.safetensors"
+
+    def _encode(self, folder, captions, device, dtype):
+        """Write what is missing."""
+        if self.path(0).is_file() and self.open(0).get_shape()[0] == 0:
+            return
+        starts = [start for start in range(0, len(captions), self.part) if not self.path(start // self.part).is_file()]
+        t5 = T5(folder, device, dtype) if starts else None
+        if t5 and t5.silent:
+            save_atomically(functools.partial(safetensors.torch.save_file, {"t5": torch.zeros(0)}), self.path(0))
+            return
+        for start in tqdm(starts, desc=f"T5 into {self.folder}", unit=f" times {self.part} captions", mininterval=1, disable=None):
+            states = t5(captions[start : start + self.part])
+            save_atomically(functools.partial(safetensors.torch.save_file, {"t5": states}), self.path(start // self.part))
+
+    def _open(self, k):
+        try:
+            return safetensors.safe_open(self.path(k), "pt").get_slice("t5")
+        except (OSError, safetensors.SafetensorError) as error:
+            raise SystemExit(f"{self.path(k)} is damaged ({error}): delete it and start again, which makes it alone.") from error
+
+    def __call__(self, ids):
+        """Numbers of captions (B,) -> (B, 256, D) float16."""
+        return torch.stack([self.open(i // self.part)[i % self.part] for i in ids.tolist()])
 
 
 def join_text(parts):

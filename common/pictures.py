@@ -1,10 +1,12 @@
 """Picture files: whatever people have lying about, as RGB; folders of them with captions; pictures as tensors and back."""
 
+import contextlib
 import copy
 import hashlib
 import json
 import struct
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,11 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from common import parallel
+from common.checkpoint import save_atomically
 from common.shapes import SIDE
 
+CACHE = "runs/cache"  # what was found out or encoded once, and is read again by the next run
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -92,21 +97,62 @@ def list_captions(folder, captioned=True):
     return pairs
 
 
+def check_pictures(paths, folder, cache=None, workers=8):
+    """[whether each of these picture files can be read]: each is decoded once in its life, by one of `workers` threads.
+
+    With a folder `cache`, checked-HASH.json in it remembers {path: [bytes, time of last change, readable]}, also when the check is
+    stopped half-way. A file that has changed is checked again. With torchrun rank 0 checks, and the others read what it found.
+    """
+
+    def stamp(path):
+        try:
+            return [path.stat().st_size, path.stat().st_mtime_ns]
+        except OSError:
+            return None  # it is not there
+
+    def can_be_read(path):
+        try:
+            return bool(open_picture(path))
+        except OSError:
+            return False
+
+    note = Path(cache) / f"checked-{hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:16]}.json" if cache else None
+    with parallel.first_alone() if cache else contextlib.nullcontext():
+        try:
+            known = json.loads(note.read_text(encoding="utf-8")) if note and note.is_file() else {}
+        except ValueError:
+            known = {}  # damaged: all are checked again
+        names, stamps = [str(path.absolute()) for path in paths], [stamp(path) for path in paths]
+        new = [i for i, name in enumerate(names) if stamps[i] and known.get(name, [])[:2] != stamps[i]]
+        pool = ThreadPoolExecutor(workers)
+        try:
+            found = pool.map(can_be_read, [paths[i] for i in new])
+            bar = tqdm(found, total=len(new), desc="checking pictures", disable=True if len(new) < 500 else None)
+            for i, good in zip(new, bar, strict=True):
+                known[names[i]] = [*stamps[i], good]
+        finally:
+            pool.shutdown(cancel_futures=True)
+            if note and new:
+                save_atomically(lambda p: p.write_text(json.dumps(known), encoding="utf-8"), note)
+    return [stamps[i] is not None and known[name][2] for i, name in enumerate(names)]
+
+
 class CaptionedFolder:
     """A sequence of (picture, caption) from a folder. Unreadable pictures are left out, counted, and named once.
+
+    Args:
+        folder: pictures and captions, see list_captions. size: pictures are scaled and cropped to (size, size).
+        captioned: False takes every picture, captions or not.
+        cache: where to remember which pictures have been checked, see check_pictures; None: nowhere.
 
     Raises SystemExit when the folder, its captions, or every one of its pictures cannot be read.
     """
 
-    def __init__(self, folder, size=SIDE, captioned=True):
-        self.size = size
-        pairs, self.pairs, self.skipped = list_captions(folder, captioned), [], []
-        for path, caption in tqdm(pairs, desc="checking pictures", disable=True if len(pairs) < 500 else None):
-            try:
-                open_picture(path)
-                self.pairs.append((path, caption))
-            except OSError:
-                self.skipped.append(path)
+    def __init__(self, folder, size=SIDE, captioned=True, cache=None):
+        self.size, pairs = size, list_captions(folder, captioned)
+        readable = check_pictures([path for path, _ in pairs], folder, cache)
+        self.pairs = [pair for pair, good in zip(pairs, readable, strict=True) if good]
+        self.skipped = [path for (path, _), good in zip(pairs, readable, strict=True) if not good]
         if self.skipped:
             warnings.warn(
                 f"left out {len(self.skipped)} of {len(pairs)} pictures that cannot be read, such as {self.skipped[0]}",

@@ -45,7 +45,8 @@ from common.figures import stack
 from model import UNet, ladder
 
 BINS = 5  # of t: a loss is logged for each fifth of (0, 1), since the average alone goes flat early and says little
-FREE = {"out", "resume", "device", "compile", "save_every", "accumulate", "checkpointing", "watch"}  # may change on a resume
+# flags that may change on a resume:
+FREE = {"out", "resume", "device", "compile", "save_every", "accumulate", "checkpointing", "watch", "workers"}
 
 
 class Run:
@@ -121,7 +122,9 @@ class Run:
         self.settings = self.config["settings"] = {**flags, **settings}
         for group in self.groups():
             group["peak"] = group["lr"]
-        self.start = load_state(self.out, self.settings, optimizers, **networks) if self.args.resume else 0
+        flag_of = {"teacher": "teacher", "vae": "vae", "turbo_weights": "turbo", "pictures": "data"}  # hashes of folders
+        folders = {name: (flag, getattr(self.args, flag, None)) for name, flag in flag_of.items()}
+        self.start = load_state(self.out, self.settings, optimizers, folders, **networks) if self.args.resume else 0
         self.table = Log(self.out / "log.csv", self.start)
         if self.main:
             millions = sum(p.numel() for p in networks["model"].parameters()) / 1e6

@@ -5,28 +5,31 @@ is seen many times. So they are run once, here, and training reads what they sai
 
     python data.py encode /data/imagenet --out /data/imagenet-256 --resolution 256 --min-side 64 --teacher SD3.5 --crop center
     python data.py encode "/data/t2i/{00000..00999}.tar" --out /data/t2i-1024 --resolution 1024 --teacher SD3.5 --gemma GEMMA
+    python data.py encode ... --out /data/t2i-512 --resolution 512 --text /data/t2i-1024    # the same pictures: their text is there
     torchrun --nproc_per_node 8 data.py encode ...                     # every rank encodes other shards
     python train_fm.py --size t2i --data /data/t2i-1024 --teacher SD3.5 ...
 
-Three kinds of source, told apart by what is there:
+Three kinds of source, told apart by what is there (common/sources.py):
 
     ImageNet    the folder as Kaggle and image-net.org give it: ILSVRC/Data/CLS-LOC/train/n01440764/*.JPEG (or train/n..., or n...)
                 and the class names, LOC_synset_mapping.txt (or synset_words.txt); caption "a photo of <first name>" (Sec. 4)
     WebDataset  .tar files with 000.jpg (png, webp) and 000.txt or 000.json ({"caption": ...}) side by side
     folder      x.png beside x.txt, or metadata.jsonl: see pictures.list_captions
 
-What is written: 00000.safetensors, ... (latents, caption ids, text states, the captions) and, when all are there, index.json.
-A shard that is there is not made again: stop it at any moment and run the same command.
+What is written: 00000.safetensors, ... (latents, caption ids), text-00000.safetensors, ... (the captions and their states) and,
+when all are there, index.json. A shard that is there is not made again: stop it at any moment and run the same command.
+
+Text does not depend on the resolution, so it is encoded and stored once: a text shard holds all captions of its part of the source,
+whichever pictures are left out, and --text names the folder in which shards of another resolution have theirs. Of Gemma the real
+tokens are stored. CLIP's states are stored whole: the teacher attends to their padding, which differs from caption to caption.
 """
 
 import collections
 import concurrent.futures
 import functools
-import glob
 import io
 import json
-import re
-import tarfile
+import os
 import threading
 from pathlib import Path
 
@@ -34,6 +37,7 @@ import safetensors
 import safetensors.torch
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from common import parallel
@@ -41,102 +45,15 @@ from common.arguments import Parser, add_device, integer, real
 from common.checkpoint import save_atomically, save_json
 from common.device import half, pick_device
 from common.encoders import FrozenEncoders, join_text, pad_text
-from common.pictures import list_captions, open_picture, to_tensor
+from common.pictures import open_picture, to_tensor
 from common.seeds import batch_indices, rng
+from common.sources import open_source
 
-IMAGE_KEYS, TEXT_KEYS = ("jpg", "jpeg", "png", "webp"), ("caption", "text", "TEXT", "prompt")
 KINDS = ("too small", "too long or wide", "unreadable", "without a caption")  # why pictures are left out
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Sources: a list of parts, each of which becomes one shard. A part yields (name, bytes or path, caption).
-
-
-def open_source(source, per_shard):
-    """(kind, [part, ...]): a part is a function without arguments that yields (name, path or bytes of a picture, caption).
-
-    Raises SystemExit with one sentence when there is nothing, or no class names beside ImageNet's folders.
-    """
-    folder = Path(source)
-    tars = sorted(str(p) for p in folder.glob("*.tar")) if folder.is_dir() else expand_braces(source)
-    if tars:
-        missing = [path for path in tars if not Path(path).is_file()]
-        if missing:
-            raise SystemExit(f"{len(missing)} of {len(tars)} shards are not there, such as {missing[0]}.")
-        return "webdataset", [functools.partial(read_tar, path) for path in tars]
-    if not folder.is_dir():
-        raise SystemExit(
-            f"no such folder: {source}. Give ImageNet's folder, .tar files, or a folder of captioned pictures."
-        )
-    imagenet = list_imagenet(folder)
-    items = (
-        imagenet if imagenet is not None else [(str(path), path, caption) for path, caption in list_captions(folder)]
-    )
-    # In an order drawn once, so that a shard holds a bit of everything, and every class is in the first ones already.
-    order = torch.randperm(len(items), generator=rng(0, len(items))).tolist()
-    parts = [[items[i] for i in order[start : start + per_shard]] for start in range(0, len(items), per_shard)]
-    return "folder" if imagenet is None else "imagenet", [functools.partial(iter, part) for part in parts]
-
-
-def expand_braces(pattern):
-    """ "a/{000..002}.tar" -> the three names; "a/*.tar" -> what is there; "a/1.tar" -> itself. [] for anything else."""
-    match = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*\.tar)", pattern)
-    if match:
-        head, first, last, tail = match.groups()
-        return [f"{head}{number:0{len(first)}d}{tail}" for number in range(int(first), int(last) + 1)]
-    return sorted(glob.glob(pattern)) if "*" in pattern else [pattern] if pattern.endswith(".tar") else []
-
-
-def is_raw(folder):
-    """Whether a folder is ImageNet's or one of .tar files: too large to be encoded at the start of each run."""
-    return any(folder.glob("*.tar")) or find_synsets(folder) is not None
-
-
-def read_tar(path):
-    """The samples of one WebDataset shard."""
-    import webdataset
-
-    try:
-        files = webdataset.WebDataset(path, shardshuffle=False, empty_check=False, nodesplitter=lambda urls: urls)
-        for sample in files:  # every sample of this one file: encode() gives each rank its own
-            picture = next((sample[key] for key in IMAGE_KEYS if key in sample), None)
-            caption = sample["txt"].decode(errors="replace").strip() if "txt" in sample else ""
-            if not caption and "json" in sample:
-                described = json.loads(sample["json"])
-                caption = next((str(described[key]).strip() for key in TEXT_KEYS if described.get(key)), "")
-            if picture is not None:
-                yield sample["__key__"], picture, caption
-    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-        raise SystemExit(
-            f"{path} is damaged ({error}): fetch it again or take it away. Finished shards stay."
-        ) from error
-
-
-def find_synsets(folder):
-    """The class folders n01440764, ... of ILSVRC's training pictures; None if there are none."""
-    for inner in ("ILSVRC/Data/CLS-LOC/train", "Data/CLS-LOC/train", "train", "."):
-        synsets = sorted(p for p in (folder / inner).glob("n*") if re.fullmatch(r"n\d{8}", p.name) and p.is_dir())
-        if synsets:
-            return synsets
-    return None
-
-
-def list_imagenet(folder):
-    """[(name, path, caption), ...] of ILSVRC's training pictures; None if the folder holds none of its class folders."""
-    synsets = find_synsets(folder)
-    if synsets is None:
-        return None
-    lists = [folder / name for name in ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt")]
-    found = next((path for path in lists if path.is_file()), None)
-    if found is None:
-        raise SystemExit(f"{folder} holds ImageNet's classes but not their names: put LOC_synset_mapping.txt there.")
-    lines = (line.split(None, 1) for line in found.read_text(encoding="utf-8").splitlines() if line.strip())
-    names = {synset: rest.split(",")[0].strip() for synset, rest in lines}
-    unnamed = [p.name for p in synsets if p.name not in names]
-    if unnamed:
-        raise SystemExit(f"{found} has no name for {len(unnamed)} classes, such as {unnamed[0]}.")
-    return [(f"{p.name}/{picture.name}", picture, f"a photo of {names[p.name]}") for p in synsets
-            for picture in sorted(p.iterdir()) if picture.suffix.lower() in (".jpeg", ".jpg", ".png")]  # fmt: skip
+# Encoding
 
 
 def fit(picture, args, generator):
@@ -160,7 +77,7 @@ def fit(picture, args, generator):
 
 
 def encode_part(part, number, encoders, args, bar, pool):
-    """One part of the source as one shard: (tensors, captions, names, how many were left out and why)."""
+    """One part of the source: ({"latents", "caption_ids"}, names, all its captions, how many pictures were left out and why)."""
     captions, ids, latents, names, left_out, waiting = {"": 0}, [], [], [], collections.Counter(), []
 
     def load(item):
@@ -175,10 +92,12 @@ def encode_part(part, number, encoders, args, bar, pool):
 
     def flush():
         for (_, (name, _, caption)), picture in zip(waiting, pool.map(load, waiting), strict=True):
+            if caption:  # also of a picture that is left out: at another resolution it may not be
+                captions.setdefault(caption, len(captions))
             if isinstance(picture, str):
                 left_out[picture] += 1
                 continue
-            batch.append(picture), names.append(name), ids.append(captions.setdefault(caption, len(captions)))
+            batch.append(picture), names.append(name), ids.append(captions[caption])
         if batch:
             latents.append(encoders.encode_pictures(to_tensor(batch)).half().cpu())
         bar.update(len(waiting))
@@ -190,75 +109,97 @@ def encode_part(part, number, encoders, args, bar, pool):
         if len(waiting) == args.batch:
             flush()
     flush()
-    texts = list(captions)
-    states, mask, pooled = encoders.encode_captions(texts, args.batch)
     none = torch.zeros(0, encoders.latent_channels, *[args.resolution // encoders.factor] * 2).half()
-    tensors = {"latents": torch.cat(latents or [none]), "caption_ids": torch.tensor(ids, dtype=torch.int64),
-               "states": states, "mask": mask, "pooled": pooled}  # fmt: skip
+    tensors = {"latents": torch.cat(latents or [none]), "caption_ids": torch.tensor(ids, dtype=torch.int64)}
+    return tensors, names, list(captions), left_out
+
+
+def encode_text(captions, encoders, batch):
+    """{"states", "mask", "pooled"} of K captions, as of data.Latents, and with Gemma {"gemma": (tokens, D) the real tokens of all
+    captions, one caption after the other, "gemma_end": (K,) where those of each end}."""
+    tensors = dict(zip(("states", "mask", "pooled"), encoders.encode_captions(captions, batch), strict=True))
     if encoders.gemma is not None:
-        tensors["gemma"], tensors["gemma_mask"] = encoders.gemma.encode(texts, args.batch)
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}, texts, names, left_out
+        states, mask = encoders.gemma.encode(captions, batch)
+        tensors |= {"gemma": states[mask], "gemma_end": mask.sum(1).cumsum(0)}
+    return tensors
+
+
+def begin(settings):
+    """Write {file: what the shards beside it are made of}. Raises SystemExit when those begun there are made of something else."""
+    for path, new in settings.items():
+        old = json.loads(path.read_text()) if path.is_file() else new
+        if "text" in new and "text" not in old:
+            raise SystemExit(f"{path.parent} was begun by an earlier version, whose shards hold their text themselves: with an "
+                             "index.json it is whole, and can be trained on; otherwise give another --out.")  # fmt: skip
+        changed = [f"{name} was {old.get(name)}, is {value}" for name, value in new.items() if old.get(name) != value]
+        if changed:
+            raise SystemExit(f"{path.parent} was begun otherwise: {'; '.join(changed)}. Use the same settings or another folder.")
+    if parallel.rank() == 0:
+        for path, new in settings.items():
+            save_json(new, path)
 
 
 def encode(args):
-    """Write --out: a shard for each part of the source, and index.json when all are there."""
+    """Write --out: a shard for each part of the source, its text there or in --text, and index.json when all are there."""
     kind, parts = open_source(args.source, args.per_shard)
     device = pick_device(args.device)
     encoders = FrozenEncoders(args.teacher, device, half(device), gemma=args.gemma)
     if args.resolution % (4 * encoders.factor):
         raise SystemExit(f"--resolution must be a multiple of {4 * encoders.factor}, not {args.resolution}.")
-    settings = {
-        name: getattr(args, name)
-        for name in ["source", "resolution", "crop", "min_side", "max_aspect", "per_shard", "seed"]
-    }
-    settings |= {
-        "parts": len(parts),
+    of_source = {"source": args.source, "per_shard": args.per_shard, "parts": len(parts),
+                 "gemma": args.gemma and encoders.gemma.fingerprint()}  # fmt: skip
+    names = ["resolution", "crop", "min_side", "max_aspect", "seed"]
+    out, text = args.out.absolute(), (args.text or args.out).absolute()
+    settings = of_source | {name: getattr(args, name) for name in names} | {
         "encoders": encoders.fingerprint(*encoders.parts),
-        "gemma": args.gemma and encoders.gemma.fingerprint(),
-    }
+        "text": Path(os.path.relpath(text, out) if text.drive == out.drive else text).as_posix(),
+    }  # fmt: skip
+    of_text = of_source | {"encoders": encoders.fingerprint(*encoders.parts[1:])}
     with parallel.first_alone():
-        path = args.out / "settings.json"
-        if path.is_file() and (old := json.loads(path.read_text())) != settings:
-            changed = [
-                f"{name} was {old.get(name)}, is {value}" for name, value in settings.items() if old.get(name) != value
-            ]
-            raise SystemExit(
-                f"{args.out} was begun otherwise: {'; '.join(changed)}. Use the same settings or another --out."
-            )
-        if parallel.rank() == 0:
-            save_json(settings, path)
+        begin({out / "settings.json": settings, text / "text-settings.json": of_text})
 
-    missing = [k for k in range(len(parts)) if not (args.out / f"{k:05d}.safetensors").is_file()]
+    def paths(k):
+        return out / f"{k:05d}.safetensors", text / f"text-{k:05d}.safetensors"
+
+    missing = [k for k in range(len(parts)) if not all(path.is_file() for path in paths(k))]
     parallel.wait()  # all have looked before the first one writes
     todo = missing[parallel.rank() :: parallel.world()]
     bar = tqdm(desc=f"{kind}, {len(missing)} of {len(parts)} shards to encode", unit=" pictures", mininterval=1,
                disable=None if parallel.rank() == 0 else True)  # fmt: skip
     with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
         for number in todo:
-            tensors, captions, names, left_out = encode_part(parts[number], number, encoders, args, bar, pool)
-            metadata = {"captions": json.dumps(captions), "names": json.dumps(names), "left_out": json.dumps(left_out)}
-            write = functools.partial(safetensors.torch.save_file, tensors, metadata=metadata)
-            save_atomically(write, args.out / f"{number:05d}.safetensors")
+            of_latents, of_text = paths(number)
+            tensors, names, captions, left_out = encode_part(parts[number], number, encoders, args, bar, pool)
+            if not of_text.is_file():
+                save_shard(encode_text(captions, encoders, args.batch), of_text, captions=captions)
+            elif json.loads(open_shard(of_text).metadata()["captions"]) != captions:
+                raise SystemExit(f"{of_text} has other captions than {args.source} has now: give another --text.")
+            save_shard(tensors, of_latents, names=names, left_out=left_out)
     bar.close()
     parallel.wait()
     if parallel.rank() == 0:
-        write_index(args.out, len(parts), settings, encoders)
+        write_index(out, [paths(k) for k in range(len(parts))], settings, encoders)
     parallel.wait()
 
 
-def write_index(out, parts, settings, encoders):
-    """index.json: what is in each shard, and what was left out."""
+def save_shard(tensors, path, **metadata):
+    metadata = {name: json.dumps(value) for name, value in metadata.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_atomically(lambda p: safetensors.torch.save_file(tensors, p, metadata), path)
+
+
+def write_index(out, paths, settings, encoders):
+    """index.json: what is in each shard, and what was left out. `paths`: (that of the latents, that of the text) of each."""
     shards, left_out, longest, gemma_longest = [], collections.Counter(), 0, 0
-    for number in range(parts):
-        path = out / f"{number:05d}.safetensors"
-        with open_shard(path) as file:
-            metadata, caption_mask = file.metadata(), file.get_tensor("mask")
-            shards.append({"file": path.name, "bytes": path.stat().st_size, "pictures": len(json.loads(metadata["names"])),
-                           "captions": len(json.loads(metadata["captions"]))})  # fmt: skip
-            left_out.update(json.loads(metadata["left_out"]))
-            longest = max(longest, int(caption_mask.any(0).sum()))
-            if settings["gemma"]:
-                gemma_longest = max(gemma_longest, int(file.get_tensor("gemma_mask").any(0).sum()))
+    for path, text in paths:
+        pictures, file = open_shard(path).metadata(), open_shard(text)
+        counts = {"pictures": len(json.loads(pictures["names"])), "captions": len(json.loads(file.metadata()["captions"]))}
+        sizes = {"bytes": path.stat().st_size, "text_bytes": text.stat().st_size}
+        shards.append({"file": path.name, "text": text.name, **sizes, **counts})
+        left_out.update(json.loads(pictures["left_out"]))
+        longest = max(longest, int(file.get_tensor("mask").any(0).sum()))
+        if settings["gemma"]:
+            gemma_longest = max(gemma_longest, int(file.get_tensor("gemma_end").diff(prepend=torch.zeros(1).long()).max()))
     n = sum(shard["pictures"] for shard in shards)
     if not n:
         raise SystemExit(f"no picture was left: {dict(left_out)}. Look at --min-side and --max-aspect.")
@@ -269,9 +210,9 @@ def write_index(out, parts, settings, encoders):
     }  # fmt: skip
     save_json(index, out / "index.json")
     why = ", ".join(f"{left_out[kind]} {kind}" for kind in KINDS if left_out[kind]) or "none"
-    print(
-        f"{out}: {n} pictures in {len(shards)} shards, {sum(s['bytes'] for s in shards) / 1e9:.2f} GB; left out: {why}"
-    )
+    size, of_text = (sum(shard[name] for shard in shards) / 1e9 for name in ("bytes", "text_bytes"))
+    print(f"{out}: {n} pictures in {len(shards)} shards, {size:.2f} GB, and {of_text:.2f} GB of text in {paths[0][1].parent}; "
+          f"left out: {why}")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -291,7 +232,7 @@ class ShardedLatents:
     """data.Latents that stay on the disk: training asks for the pictures and captions of a batch, in any order.
 
     The order is that of Latents, a function of (seed, step), so a resumed run sees what it would have seen. Caption ids count
-    through all shards; 0 is the empty caption. The text states read last stay in memory (`keep` captions).
+    through all shards; 0 is the empty caption. Shards of earlier versions, which hold their text themselves, are read as well.
 
     Args:
         folder: what data.py encode wrote. encoders: the FrozenEncoders of the run, which must be those that encoded it.
@@ -303,8 +244,8 @@ class ShardedLatents:
 
     streamed, text_dim = True, None  # as of data.Latents
 
-    def __init__(self, folder, encoders, held_out=False, keep=2048):
-        self.folder, self.keep, self.read, self.lock = Path(folder), keep, collections.OrderedDict(), threading.Lock()
+    def __init__(self, folder, encoders, held_out=False):
+        self.folder, self.lock = Path(folder), threading.Lock()
         path = self.folder / "index.json"
         if not path.is_file():
             raise SystemExit(
@@ -320,10 +261,11 @@ class ShardedLatents:
             raise SystemExit(
                 f"{folder} was encoded {'with another' if used['gemma'] else 'without'} Gemma: give --gemma as then."
             )
+        self.text_folder = self.folder / used.get("text", "")
         for shard in self.index["shards"]:
-            file = self.folder / shard["file"]
-            if not file.is_file() or file.stat().st_size != shard["bytes"]:
-                raise SystemExit(f"{file} is missing or of another size: delete it and run data.py encode again.")
+            for file, size in ((self.folder / shard["file"], shard["bytes"]), (self.text_path(shard), shard.get("text_bytes"))):
+                if not file.is_file() or size not in (None, file.stat().st_size):
+                    raise SystemExit(f"{file} is missing or of another size: delete it and run data.py encode again.")
         self.first_picture, self.first_caption = (
             torch.tensor([0] + [shard[name] for shard in self.index["shards"]]).cumsum(0)
             for name in ("pictures", "captions")
@@ -334,7 +276,8 @@ class ShardedLatents:
         self.numbers = numbers[of_validation if held_out else ~of_validation]
         self.first_clip = self.index["first_clip"]
         self.open = functools.cache(self._open)  # all of them stay open: a batch takes its pictures from anywhere
-        self.captions_in = functools.lru_cache(8)(lambda k: json.loads(self.open(k)[0].metadata()["captions"]))
+        self.open_text = functools.cache(self._open_text)
+        self.captions_in = functools.lru_cache(8)(lambda k: json.loads(self.open_text(k)[0].metadata()["captions"]))
 
     name = property(lambda self: f"shards-{self.index['settings']}")
     shape = property(lambda self: torch.Size(self.index["latent"]))
@@ -347,6 +290,14 @@ class ShardedLatents:
     def _open(self, k):
         file = open_shard(self.folder / self.index["shards"][k]["file"])
         return file, file.get_tensor("caption_ids")
+
+    def text_path(self, shard):
+        return self.text_folder / shard["text"] if "text" in shard else self.folder / shard["file"]
+
+    def _open_text(self, k):
+        """(file, where the caption's tokens of Gemma end or None)"""
+        file = open_shard(self.text_path(self.index["shards"][k]))
+        return file, file.get_tensor("gemma_end").tolist() if "gemma_end" in file.keys() else None  # noqa: SIM118
 
     def _find(self, number, first):
         """(shard, place within it) of a picture or caption number."""
@@ -373,28 +324,35 @@ class ShardedLatents:
         places = [self._find(number, self.first_caption) for number in ids]
         return [self.captions_in(k)[i] for k, i in places]
 
+    def row(self, number):
+        """{name: tensor} of one caption; of Gemma the real tokens alone."""
+        k, i = self._find(number, self.first_caption)
+        file, ends = self.open_text(k)
+        row = {name: file.get_slice(name)[i] for name in ("states", "mask", "pooled")}
+        if ends is not None:
+            row["gemma"] = file.get_slice("gemma")[ends[i - 1] if i else 0 : ends[i]]
+        elif self.several_encoders:  # of an earlier version: padded
+            row["gemma"] = file.get_slice("gemma")[i][file.get_slice("gemma_mask")[i]]
+        return row
+
     def rows(self, ids):
         """{name: (B, ...)} of the text of captions `ids` (B,): states, mask, pooled [, gemma, gemma_mask]."""
-        found = []
-        for number in ids.tolist():
-            with self.lock:  # a thread makes the next batches while the teacher asks for this one's text
-                if number not in self.read:
-                    k, i = self._find(number, self.first_caption)
-                    file = self.open(k)[0]
-                    names = [name for name in file.keys() if name not in ("latents", "caption_ids")]  # noqa: SIM118
-                    self.read[number] = {name: file.get_slice(name)[i] for name in names}
-                    while len(self.read) > max(self.keep, 2 * len(ids)):
-                        self.read.popitem(last=False)
-                found.append(self.read[number])
-        return {name: torch.stack([row[name] for row in found]) for name in found[0]}
+        with self.lock:  # a thread makes the next batches while the teacher asks for this one's text
+            found = [self.row(number) for number in ids.tolist()]
+        rows = {name: torch.stack([row[name] for row in found]) for name in ("states", "mask", "pooled")}
+        if "gemma" in found[0]:
+            lengths, longest = torch.tensor([len(row["gemma"]) for row in found]), self.index["gemma_longest"]
+            gemma = pad_sequence([row["gemma"] for row in found], batch_first=True)
+            rows["gemma"] = torch.nn.functional.pad(gemma, (0, 0, 0, longest - gemma.shape[1]))
+            rows["gemma_mask"] = torch.arange(longest) < lengths[:, None]
+        return rows
 
     def text(self, ids):
         large, giant, gemma = [self.rows(ids)] * 3 if ids.dim() == 1 else map(self.rows, ids.unbind(1))
         states, mask = giant["states"][:, : self.longest], (large["mask"] | giant["mask"])[:, : self.longest]
         states[..., : self.first_clip] = large["states"][:, : self.longest, : self.first_clip]
         if "gemma" in gemma:
-            end = self.index["gemma_longest"]
-            states, mask = join_text([(states, mask), (gemma["gemma"][:, :end], gemma["gemma_mask"][:, :end])])
+            states, mask = join_text([(states, mask), (gemma["gemma"], gemma["gemma_mask"])])
         return pad_text(states, self.text_dim or states.shape[-1], self.first_clip), mask
 
     def clip(self, ids):
@@ -412,6 +370,7 @@ def parse_arguments(argv=None):
     p = Parser(__doc__, example, prog="python data.py encode")
     p.add_argument("source", help="ImageNet's folder, a folder of .tar files or a pattern, or a folder of captioned pictures")
     p.add_argument("--out", metavar="DIR", type=Path, required=True, help="where the shards go")
+    p.add_argument("--text", metavar="DIR", type=Path, help="where the text goes, or is, from another resolution; default: --out")
     p.add_argument("--teacher", metavar="DIR", default="assets/toy-sd3", help="SD3 folder whose encoders are used")
     p.add_argument("--gemma", metavar="DIR", help="folder of google/gemma-2-2b, a third text encoder")
     p.add_argument("--resolution", type=integer(1), required=True, help="side in pixels of what is encoded: 256, 512, 1024")

@@ -46,7 +46,7 @@ TEACHERS = {  # transformers of random weights
 class RandomLatents:
     """Stands in for data.Latents: `batch` pictures and captions of random numbers, in the sizes of the real ones."""
 
-    several_encoders, first_clip = False, None
+    streamed, several_encoders, first_clip = True, False, None
 
     def __init__(self, cfg, side, teacher, tokens):
         self.shape, self.tokens, self.width = (cfg.latent_channels, side, side), tokens, cfg.text_dim
@@ -92,7 +92,7 @@ class RandomTeacher(Teacher):
         for weight in [*self.net.parameters(), *self.net.buffers()]:
             weight.data.normal_(0, 0.02)
         self.silent, width = name == "toy", TEACHERS[name]["joint_attention_dim"]
-        self.live = lambda captions: data.random(len(captions), T5_TOKENS, width)
+        self.t5 = lambda captions: data.random(len(captions), T5_TOKENS, width)
         if self.silent:
             self.net.set_attn_processor(WeightedTextAttention(T5_TOKENS))
         n = len(self.net.transformer_blocks)

@@ -1,6 +1,7 @@
 """The shapes world, folders of pictures, and the cache of latents."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import shapes
+from common import pictures, shapes
 from common.pictures import CaptionedFolder, to_pictures, to_tensor
 from common.seeds import batch_indices
 from common.shapes import FAMILIES, NOVEL_PAIRS, ShapesWorld, draw, family_of, make_scene, parse_caption
@@ -106,6 +107,90 @@ def test_folder_reads_every_kind_of_picture(folder):
     assert (
         wide[0, 0, 0] < 5 and wide[-1, -1, 0] > 250 and abs(wide[32].mean() - 129) < 5
     )  # 16 bits, scaled, not clipped
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The names of the picture files that are decoded, as they are."""
+    names, open_picture = [], pictures.open_picture
+
+    def count(path, size=None):
+        names.append(path.name)
+        return open_picture(path, size)
+
+    monkeypatch.setattr(pictures, "open_picture", count)
+    return names
+
+
+def test_a_picture_is_checked_once(folder, tmp_path_factory, opened):
+    cache = tmp_path_factory.mktemp("cache")
+    for expected in (11, 0):
+        opened.clear()
+        with pytest.warns(UserWarning, match="left out 2 of 11"):
+            found = CaptionedFolder(folder, 64, cache=cache)
+        assert len(opened) == expected and len(found) == 9
+    assert {path.name for path in found.skipped} == {"noise.png", "half.png"}
+    opened.clear()
+    (folder / "noise.png").write_bytes((folder / "rgb.png").read_bytes())  # mended
+    (folder / "grey.png").write_bytes(b"damaged since")
+    (folder / "one.bmp").unlink()
+    content = (folder / "alpha.png").read_bytes()
+    (folder / "alpha.png").write_bytes(b"?" + content[1:])  # as many bytes as before
+    os.utime(folder / "alpha.png", (0, 0))
+    Image.new("RGB", (9, 9)).save(folder / "new.png")
+    (folder / "new.txt").write_text("a new one")
+    with pytest.warns(UserWarning, match="left out 3 of 11"):
+        found = CaptionedFolder(folder, 64, cache=cache)
+    assert sorted(opened) == ["alpha.png", "grey.png", "new.png", "noise.png"]
+    assert {path.name for path in found.skipped} == {"alpha.png", "grey.png", "half.png"}
+    (folder / "alpha.png").write_bytes(content)
+    assert {path.name for path, _ in found.pairs} >= {"noise.png", "new.png"}
+    (note,) = cache.iterdir()
+    note.write_text("{half")  # damaged: checked again, not believed
+    opened.clear()
+    with pytest.warns(UserWarning, match="left out 2 of 11"):
+        assert len(CaptionedFolder(folder, 64, cache=cache)) == 9 and len(opened) == 11
+    with pytest.warns(UserWarning, match="left out 2 of 11"):
+        CaptionedFolder(folder, 64)  # without a cache nothing is remembered, and nothing is left behind
+    assert len(opened) == 22 and len(list(cache.iterdir())) == 1
+
+
+def test_a_check_that_was_stopped_goes_on(folder, tmp_path_factory, monkeypatch, opened):
+    cache, open_picture = tmp_path_factory.mktemp("cache"), pictures.open_picture
+
+    def stop(path, size=None):
+        if path.name == "rgb.png":
+            raise KeyboardInterrupt
+        return open_picture(path, size)
+
+    paths = sorted(folder.glob("*.*"))
+    monkeypatch.setattr(pictures, "open_picture", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pictures.check_pictures(paths, folder, cache, workers=1)
+    monkeypatch.setattr(pictures, "open_picture", open_picture)
+    opened.clear()
+    pictures.check_pictures(paths, folder, cache, workers=1)
+    assert opened and opened == [path.name for path in paths if path.name >= "rgb.png"]
+
+
+def test_another_rank_waits_and_reads_what_rank_0_checked(folder, tmp_path_factory, monkeypatch, opened):
+    cache, paths, waited = tmp_path_factory.mktemp("cache"), sorted(folder.glob("*.png")), []
+    alone = pictures.check_pictures(paths, folder)
+    opened.clear()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+
+    def wait():
+        """Until rank 0 has been here."""
+        waited.append(1)
+        with monkeypatch.context() as patch:
+            patch.setenv("RANK", "0")
+            patch.setattr(pictures.parallel, "wait", lambda: None)
+            pictures.check_pictures(paths, folder, cache)
+
+    monkeypatch.setattr(pictures.parallel, "wait", wait)
+    assert pictures.check_pictures(paths, folder, cache) == alone
+    assert len(waited) == 1 and len(opened) == len(paths)  # by rank 0 alone
 
 
 def test_folder_with_metadata(folder):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from common import run
 from common.distances import psnr
 from common.encoders import FrozenAutoencoder
 from common.pictures import to_tensor
+from common.seeds import rng
 from studies import decoder as study
 
 pytestmark = pytest.mark.usefixtures("at_home")
@@ -149,9 +151,46 @@ def test_adaptive_weight_makes_gradients_equally_long():
 def test_crops_are_a_function_of_seed_and_step():
     args = decoder.parse_arguments(["--steps", "4", "--batch", "3"])
     pictures, _ = decoder.open_pictures(args)
-    a, b, other = (decoder.random_crops(pictures, args, step).x for step in (2, 2, 3))
+    with ThreadPoolExecutor(2) as pool:
+        a, b, other = (decoder.random_crops(pictures, args, step, pool).x for step in (2, 2, 3))
     assert a.shape == (3, 3, 48, 48) and torch.equal(a, b)
     assert not torch.equal(a, other)
+
+
+@pytest.mark.parametrize("workers", [1, 5])
+def test_crops_of_a_folder_do_not_depend_on_the_workers(workers, tmp_path):
+    """Against one picture after the other, as the first version of the decoder's training drew them; and ranks take their rows."""
+    for i in range(6):
+        noise = np.random.default_rng(i).integers(0, 255, (90 + 7 * i, 70, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{i}.png")
+    args = decoder.parse_arguments(["--data", str(tmp_path), "--batch", "8", "--patch", "24"])
+    pictures, _ = decoder.open_pictures(args)
+    with ThreadPoolExecutor(workers) as pool:
+        found = [decoder.random_crops(pictures, args, 3, pool, rows).x for rows in (slice(0, 8), slice(4, 8))]
+    g, crops = rng(args.seed, 3, 1), []
+    for _ in range(8):
+        picture = pictures[int(torch.randint(len(pictures), (), generator=g))][0]
+        left, top = (int(torch.randint(side - 24 + 1, (), generator=g)) for side in picture.size)
+        crops.append(picture.crop((left, top, left + 24, top + 24)))
+    assert torch.equal(found[0], to_tensor(crops)) and torch.equal(found[1], found[0][4:])
+
+
+def test_the_encoder_runs_in_the_precision_of_the_device(tmp_path, monkeypatch):
+    """bfloat16 on a GPU: the latents that a run encodes then are those of the frozen encoder in that precision."""
+    asked = []
+
+    class Spy(FrozenAutoencoder):
+        def __init__(self, folder, device, dtype):
+            asked.append(dtype)
+            super().__init__(folder, device, dtype)
+
+    monkeypatch.setattr(decoder, "FrozenAutoencoder", Spy)
+    monkeypatch.setattr(run, "half", lambda device: torch.bfloat16)
+    decoder.main([*SMALL, "--steps", "1", "--gan-start", "0", "--out", str(tmp_path)])
+    assert asked == [torch.bfloat16] and "nan" not in (tmp_path / "log.csv").read_text()
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    z, rounded = (FrozenAutoencoder(dtype=dtype).encode_pictures(x) for dtype in (torch.float32, torch.bfloat16))
+    assert rounded.dtype == torch.float32 and 0 < (rounded - z).norm() < 0.03 * z.norm()
 
 
 def test_a_run_leaves_a_decoder_that_sample_uses(finished, tmp_path):

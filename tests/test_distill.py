@@ -16,7 +16,7 @@ from transformers import T5Config, T5EncoderModel
 
 import distill
 import train_fm
-from common import run
+from common import encoders, run
 from common.checkpoint import load_student
 from common.encoders import FrozenEncoders
 from evaluate import prompts_of
@@ -179,6 +179,60 @@ def test_teacher_with_a_t5_that_speaks(tmp_path):
         for teacher in teachers:
             assert teacher.text(torch.arange(3))[0].shape == (3, 280, 192)
             assert (teacher(x, t, ids)[0] - expected).abs().max() < 5e-3
+
+
+class CountedT5:
+    """A T5 that says the length of each caption, stops when it is asked for "stop", and remembers what it was asked."""
+
+    asked, silent = [], False
+
+    def __init__(self, *_):
+        pass
+
+    def __call__(self, captions):
+        if "stop" in captions:
+            raise KeyboardInterrupt
+        self.asked.extend(captions)
+        return torch.tensor([len(caption) for caption in captions]).half().view(-1, 1, 1).expand(-1, 256, 512).contiguous()
+
+
+def test_t5s_states_are_written_as_they_come_and_go_on_where_they_were(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoders, "T5", CountedT5)
+    monkeypatch.setattr(CountedT5, "asked", [])
+    captions, where = ["x" * i for i in range(11)], ("cpu", torch.float32, tmp_path)
+    captions[9] = "stop"
+    with pytest.raises(KeyboardInterrupt):
+        encoders.StoredT5(tmp_path, captions, *where, part=4)
+    (folder,) = tmp_path.iterdir()
+    assert sorted(p.name for p in folder.iterdir()) == ["00000.safetensors", "00001.safetensors"]  # nothing half written
+    monkeypatch.setattr(CountedT5, "__call__", lambda self, some, ask=CountedT5.__call__: ask(self, ["x" * len(c) for c in some]))
+    stored = encoders.StoredT5(tmp_path, captions, *where, part=4)
+    assert [len(caption) for caption in CountedT5.asked] == [*range(9), 4, 10]  # each caption once
+    ids = torch.tensor([10, 0, 3, 3])
+    assert stored(ids).shape == (4, 256, 512) and stored(ids)[:, 0, 0].tolist() == [10, 0, 3, 3] and not stored.silent
+    CountedT5.asked.clear()
+    encoders.StoredT5(tmp_path, captions, *where, part=4)
+    assert not CountedT5.asked
+    (folder / "00001.safetensors").write_bytes(b"damaged")
+    with pytest.raises(SystemExit, match="00001.safetensors is damaged .* delete it and start again, which makes it alone"):
+        encoders.StoredT5(tmp_path, captions, *where, part=4)(torch.tensor([5]))
+    monkeypatch.setattr(CountedT5, "silent", True)
+    assert encoders.StoredT5(tmp_path, ["a"], *where).silent and encoders.StoredT5(tmp_path, ["a"], *where).silent
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the memory of this process in /proc")
+def test_t5s_states_do_not_stay_in_memory(tmp_path, monkeypatch):
+    """75 MB of states, in files of 2 MB, written and then read again in any order: memory of our own does not grow with them."""
+    monkeypatch.setattr(encoders, "T5", CountedT5)
+
+    def own_memory():  # what lies in a mapped file is not ours: the system takes it away when others need it
+        return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+
+    before, captions = own_memory(), [f"{i:03d}" for i in range(288)]
+    stored = encoders.StoredT5(tmp_path, captions, "cpu", torch.float32, tmp_path, part=8)
+    for some in torch.randperm(288).split(16):
+        stored(some)
+    assert sum(p.stat().st_size for p in tmp_path.rglob("*.safetensors")) > 75e6 and own_memory() - before < 30e6
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import distill
 import sample
 import step_distill
 import train_fm
-from common import shards
+from common import shards, sources
 from common.encoders import FrozenEncoders, pad_text
 from common.pictures import open_picture, to_tensor
 from common.shapes import ShapesWorld
@@ -109,9 +109,9 @@ def encoded(home, imagenet):
 
 def test_a_rank_reads_the_whole_of_its_tar(tars, monkeypatch):
     """webdataset would split by rank itself; here whole files are split, and each is read by one rank."""
-    alone = [name for name, *_ in shards.read_tar(str(tars / "000.tar"))]
+    alone = [name for name, *_ in sources.read_tar(str(tars / "000.tar"))]
     monkeypatch.setenv("WORLD_SIZE", "2"), monkeypatch.setenv("RANK", "1")
-    assert [name for name, *_ in shards.read_tar(str(tars / "000.tar"))] == alone and len(alone) == 12
+    assert [name for name, *_ in sources.read_tar(str(tars / "000.tar"))] == alone and len(alone) == 12
 
 
 def test_imagenet(encoded, imagenet):
@@ -218,6 +218,110 @@ def test_gemma_is_a_third_encoder_behind_the_clips(gemma):
     kept = ids[memory.batch(0, 3, 6000)[1] > 0] > 0
     assert (~kept).float().mean(0).tolist() == pytest.approx([0.19] * 3, abs=0.03)  # 0.1 all of them, then 0.1 each
     assert (~kept).all(1).float().mean().item() == pytest.approx(0.1, abs=0.02)
+
+
+@pytest.fixture(scope="module")
+def twice(home, gemma, tmp_path_factory):
+    """A folder of six pictures, two of them small, as shards of 64 and of 96 pixels that share their text: (source, 64, 96)."""
+    source, world = tmp_path_factory.mktemp("six"), ShapesWorld("train", 0, 1000)
+    for i in range(6):
+        (source / f"{i}.png").write_bytes(picture(i, (50, 50) if i < 2 else (100, 120)))
+        (source / f"{i}.txt").write_text(world.caption(i))
+    before, folders = os.getcwd(), (home / "runs/six-64", home / "runs/six-96")
+    os.chdir(home)
+    common = [str(source), "--per-shard", "3", "--gemma", str(gemma), "--device", "cpu", "--batch", "2"]
+    data.main(["encode", *common, "--resolution", "64", "--out", str(folders[0])])
+    with pytest.MonkeyPatch.context() as patch:  # the second time nobody asks a text encoder
+        patch.setattr(FrozenEncoders, "encode_captions", None)
+        flags = ["--resolution", "96", "--min-side", "10", "--out", str(folders[1]), "--text", str(folders[0])]
+        data.main(["encode", *common, *flags])
+    os.chdir(before)
+    return source, *folders
+
+
+def text_in_memory(captions, encoders):
+    """The same text as data.Latents, for captions whose pictures nobody asks for."""
+    states, mask, pooled = encoders.encode_captions(captions)
+    gemma, gemma_mask = encoders.gemma.encode(captions)
+    longest = int(gemma_mask.any(0).sum())
+    return data.Latents(torch.zeros(1, 16, 8, 8), torch.zeros(1), captions, states, mask, pooled, gemma[:, :longest],
+                        gemma_mask[:, :longest], encoders.first_clip)  # fmt: skip
+
+
+def assert_same_text(streamed, captions, encoders):
+    """Of these captions, with each encoder dropped for one of them: tokens, masks, the teacher's text."""
+    numbers = {streamed.captions_of(torch.tensor([n]))[0]: n for n in range(1, int(streamed.first_caption[-1]))}
+    memory = text_in_memory(["", *captions], encoders)
+    a = torch.arange(1, len(captions) + 1)[:, None].expand(-1, 3).clone()
+    b = torch.tensor([numbers[caption] for caption in captions])[:, None].expand(-1, 3).clone()
+    for i in range(3):
+        a[i, i] = b[i, i] = 0
+    for x, y in zip(memory.clip(a), streamed.clip(b), strict=True):
+        assert torch.allclose(x.float(), y.float(), atol=2e-3)
+    (x, mask_x), (y, mask_y) = memory.text(a), streamed.text(b)
+    for i in range(len(captions)):  # what is padded may be another length; what is read is the same
+        assert torch.allclose(x[i][mask_x[i]].float(), y[i][mask_y[i]].float(), atol=2e-3)
+        assert mask_x[i].sum() == mask_y[i].sum()
+
+
+def test_text_is_encoded_and_stored_once_for_all_resolutions(twice, gemma):
+    source, small, large = twice
+    encoders, captions = FrozenEncoders(gemma=gemma), [(source / f"{i}.txt").read_text() for i in range(6)]
+    assert len(list(small.glob("text-0*"))) == 2 and not list(large.glob("text-*"))
+    indexes = [json.loads((folder / "index.json").read_text()) for folder in (small, large)]
+    assert [index["pictures"] for index in indexes] == [4, 6] and indexes[1]["settings"]["text"] == "../six-64"
+    for folder, side in ((small, 8), (large, 12)):
+        streamed, _ = shards.open_shards(folder, encoders)
+        assert streamed.shape == (16, side, side)
+        assert_same_text(streamed, captions, encoders)
+    latents, ids = streamed.pictures(torch.arange(6))  # of the small pictures, too, which the first folder left out
+    for latent, caption in zip(latents, streamed.captions_of(ids), strict=True):
+        expected = encoders.encode_pictures(to_tensor([open_picture(source / f"{captions.index(caption)}.png", 96)]))[0]
+        assert (latent - expected).abs().max() < 0.02
+    file = safetensors.safe_open(small / "text-00000.safetensors", "pt")
+    _, real = encoders.gemma.encode(json.loads(file.metadata()["captions"]))
+    assert file.get_tensor("gemma").shape == (int(real.sum()), 144)  # no padding of Gemma's is stored
+
+
+def test_shards_of_an_earlier_version_are_read(twice, gemma, home):
+    """Their text lies beside their latents, Gemma's states padded to 128."""
+    source, small, _ = twice
+    encoders, old = FrozenEncoders(gemma=gemma), home / "runs" / "old"
+    old.mkdir()
+    index = json.loads((small / "index.json").read_text())
+    for shard in index["shards"]:
+        text = safetensors.safe_open(small / shard.pop("text"), "pt")
+        latents, captions = safetensors.torch.load_file(small / shard["file"]), json.loads(text.metadata()["captions"])
+        states, mask = encoders.gemma.encode(captions)
+        tensors = latents | {name: text.get_tensor(name) for name in ("states", "mask", "pooled")}
+        tensors |= {"gemma": states, "gemma_mask": mask}
+        safetensors.torch.save_file(tensors, old / shard["file"], {"captions": json.dumps(captions)})
+        shard["bytes"] = (old / shard["file"]).stat().st_size
+        del shard["text_bytes"]
+    del index["settings"]["text"]
+    for name, content in (("index.json", index), ("settings.json", index["settings"])):
+        (old / name).write_text(json.dumps(content))
+    streamed, new = shards.open_shards(old, encoders)[0], shards.open_shards(small, encoders)[0]
+    assert_same_text(streamed, [(source / f"{i}.txt").read_text() for i in range(6)], encoders)
+    ids = torch.tensor([2, 0, 4])
+    for x, y in zip((*streamed.text(ids), *streamed.clip(ids)), (*new.text(ids), *new.clip(ids)), strict=True):
+        assert torch.equal(x, y)
+    assert torch.equal(streamed.pictures(torch.arange(4))[0], new.pictures(torch.arange(4))[0])
+    common = ["encode", str(source), "--per-shard", "3", "--gemma", str(gemma), "--device", "cpu", "--resolution", "64"]
+    with pytest.raises(SystemExit, match="begun by an earlier version, whose shards hold their text themselves"):
+        data.main([*common, "--out", str(old)])
+    # text of another source, or text that is gone, is no text
+    with pytest.raises(SystemExit, match="six-64 was begun otherwise: source was"):
+        elsewhere = shutil.copytree(source, home / "elsewhere")
+        data.main(["encode", str(elsewhere), *common[2:], "--out", "runs/other", "--text", str(small)])
+    assert not Path("runs/other").exists()
+    (source / "3.txt").write_text("another caption")
+    with pytest.raises(SystemExit, match=r"text-0000\d.safetensors has other captions than .* has now"):
+        data.main([*common, "--out", "runs/other", "--text", str(small)])
+    shutil.copytree(small, home / "runs" / "textless")
+    (home / "runs" / "textless" / "text-00001.safetensors").unlink()
+    with pytest.raises(SystemExit, match="text-00001.safetensors is missing or of another size"):
+        shards.open_shards("runs/textless", encoders)
 
 
 def test_all_stages_train_on_shards_with_gemma(home, tars, gemma, monkeypatch):

@@ -16,7 +16,7 @@ import train_fm
 from assets import make_zoo
 from common.stopwatch import counting
 from model import LADDER, PRESETS, UNet, UNetConfig
-from studies import lab, ladder, peers, speed
+from studies import costs, lab, ladder, peers, speed
 from studies.sizes import count
 
 SMALL = ["--size", "tiny", "--batch", "2", "--tokens", "13", "--device", "cpu", "--rounds", "1"]
@@ -215,3 +215,22 @@ def test_the_ladder_is_trained_step_by_step(capsys):
     ladder.main(flags)  # what is finished is kept
     assert weights == (run / "model.safetensors").stat().st_mtime_ns
     assert "FID 3.76" in capsys.readouterr().out
+
+
+def test_the_recipes_costs_are_what_the_command_prints(capsys):
+    """Line for line; T5's FLOPs against the sum of its matrices, disk against the sizes of what shards hold."""
+    costs.main([])
+    printed = capsys.readouterr().out.strip()
+    assert printed in (Path(__file__).parent.parent / "recipes" / "t2i.md").read_text(encoding="utf-8")
+    # T5 v1.1 XXL's encoder: 24 blocks of four 4096 x 4096 and three 4096 x 10240 matrices; queries by keys, weights by values
+    matrices = 24 * (4 * 4096 * 4096 + 3 * 4096 * 10240)
+    params, flops = costs.count(costs.t5, 256)
+    assert flops == 2 * 256 * matrices + 24 * 2 * 2 * 256 * 256 * 4096
+    assert params == matrices + 32128 * 4096 + 24 * 2 * 4096 + 4096 + 32 * 64  # embeddings, norms, relative positions
+    hours = 256 * 50_000 * flops / (0.35 * 989e12) / 3600
+    (row,) = [line for line in printed.splitlines() if line.startswith("stage 2, T5")]
+    assert float(row.split()[-1]) == pytest.approx(hours, abs=0.05)
+    sizes = costs.disk(1, 128)
+    assert sizes["latents of 1024 pixels"] == 1e6 * torch.zeros(16, 128, 128).half().nbytes
+    assert sizes["CLIP's states"] == 1e6 * torch.zeros(77, 2048).half().nbytes
+    assert sizes["Gemma's states"] == 1e6 * torch.zeros(128, 2304).half().nbytes

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -90,10 +91,23 @@ def test_resume_notices_another_teacher_and_other_pictures(finished, tmp_path):
     teacher = shutil.copytree(ROOT / "assets/toy-sd3", tmp_path / "toy-sd3")
     (teacher / "vae" / "config.json").write_text((teacher / "vae" / "config.json").read_text() + " ")
     again = [*SMALL, "--steps", "8", "--save-every", "4", "--out", "runs/whole", "--resume"]
-    with pytest.raises(SystemExit, match="--teacher was"):
+    sentence = f"--teacher {teacher} holds other files than assets/toy-sd3, with which the run began. Give what it began with"
+    with pytest.raises(SystemExit, match=re.escape(sentence)):
         train_fm.main([*again, "--teacher", str(teacher)])
     with pytest.raises(SystemExit, match="--pictures was"):
         train_fm.main([*again, "--pictures", "65"])
+
+
+def test_a_hash_is_told_as_the_folder_that_it_stands_for():
+    """Of a folder whose files are others than when the run began, of another folder, and of what is no folder."""
+    folders = {"teacher": ("teacher", "sd3"), "pictures": ("data", "mine"), "turbo_weights": ("turbo", None)}
+    old, new = {"teacher": "12", "pictures": "34", "lr": 1}, {"teacher": "56", "pictures": "78", "lr": 2}
+    assert checkpoint.changes(old, new, folders, {"teacher": "sd3", "pictures": "yours"}) == [
+        "the files of --teacher sd3 have changed since the run began",
+        "--data mine holds other files than yours, with which the run began", "--lr was 1, is 2",
+    ]  # fmt: skip
+    assert checkpoint.changes(old, new, {"pictures": ("data", None)}, {})[1] == "--pictures was 34, is 78"  # the shapes world
+    assert checkpoint.changes(new, new, folders, {}) == []
 
 
 def test_a_finished_run_is_not_overwritten_and_not_trained_again(finished):
