@@ -3,6 +3,7 @@
     python -m course.figures                          # all of them, into assets/readme
     python -m course.figures ladder scaling           # these
     python -m course.figures --out slides --png       # as PNG files, 1920 pixels wide, into another folder
+    python -m course.figures --measured               # no drawing: copy the measured figures from where their commands leave them
 
     unet                Fig. 2 (f)          the UNet with its stages, parameters and multiply-accumulates of each
     ladder              Fig. 2              panels (a) to (f): what a layer of each stage is made of, and what changes
@@ -16,9 +17,13 @@
 Each is drawing_NAME.svg, 16:9, on a white ground. Every number of ours in them is computed from the code (model.PRESETS,
 decoder.PRESETS, the defaults of the stages, the configs in assets/), and a test holds the committed files against it. Letters are
 paths, so they look alike everywhere; the words stand in the file as comments.
+
+MEASURED lists the other figures of README and the pages: what makes each, and where it is then. failure_*.png: studies/failures.py.
 """
 
+import functools
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -383,7 +388,7 @@ def draw_scaling():
     panel.fill_between(t, 0, a, color=STUDENT), panel.fill_between(t, a, 1, color=TEACHER)
     panel.plot(t, a, color=INK, lw=2)
     panel.set(xlim=(0, 1), ylim=(0, 1.0), xticks=(0, 0.25, 0.5, 0.75, 1), yticks=(0, 0.5, 1))
-    panel.tick_params(labelsize=14)
+    panel.tick_params(labelsize=14, pad=9)
     panel.set_xlabel("t    (0: data, 1: noise)", fontsize=15)
     middle = dict(ha="center", va="center", linespacing=1.4)
     panel.text(0.5, 0.35, "learns from the data:\n$a_t\\, L_{task}$", fontsize=18, **middle)
@@ -486,6 +491,37 @@ DRAWINGS = {"unet": draw_unet, "ladder": draw_ladder, "flow": draw_flow, "decode
             "scaling": draw_scaling, "step_distillation": draw_step_distillation, "phone": draw_phone}  # fmt: skip
 
 
+# Figures that are measured or drawn by a network: {file in assets/readme: (the command that makes it, the file that it leaves)}.
+MEASURED = {
+    "zoo_fm.png": ("make demo", "runs/demo/zoo.png"),
+    "progress.png": ("python -m assets.make_zoo --only fm", "runs/zoo/fm/samples/progress.png"),
+    "loss.png": ("python -m assets.make_zoo --only fm", "runs/zoo/fm/loss.png"),
+    "decoder_loss.png": ("python -m assets.make_zoo --only decoder", "runs/zoo/decoder/loss.png"),
+    "decoder.png": ("python -m studies.decoder --evaluate assets/zoo/decoder", "runs/studies/decoder/compare.png"),
+    "decoder_out_of_domain.png": ("python -m studies.decoder --evaluate assets/zoo/decoder",
+                                  "runs/studies/decoder/out_of_domain.png"),
+    "scaling.png": ("python -m studies.losses --plot-scaling assets/zoo/distill", "runs/studies/losses/scaling.png"),
+    "distill.png": ("python -m studies.losses --compare runs/studies/losses/task-scaled-seed0 "
+                    "runs/studies/losses/task+out+feat-scaled-seed0", "runs/studies/losses/compare.png"),
+    "few_steps.png": ("python -m studies.few_steps --compare assets/zoo/step_distill", "runs/studies/few_steps/compare.png"),
+    "gan.png": ("python -m assets.make_zoo --only step_distill", "runs/zoo/step_distill/gan.png"),
+    "phone.png": ("python export_coreml.py", "build/pictures.png"),
+    "demo.png": ("python -m course.demo --screenshot assets/readme/demo.png", "assets/readme/demo.png"),
+    "emoji.png": ("python sample.py", "runs/emoji.png"),
+    "emoji_autoencoder.png": ("from common.encoders import FrozenAutoencoder", "runs/emoji_autoencoder.png"),
+}  # fmt: skip
+
+
+def collect(out):
+    """Copy the measured figures that are there into the folder `out`; say what makes the others."""
+    for name, (command, left) in MEASURED.items():
+        if not Path(left).is_file():
+            print(f"{name}: there is no {left}; {command} makes it")
+        elif Path(left).resolve() != (out / name).resolve():
+            save_atomically(functools.partial(shutil.copyfile, left), out / name)
+            print(f"copied {left} to {(out / name).as_posix()}")
+
+
 def save(name, out, png=False):
     """Draw one of DRAWINGS into the folder `out`; returns its path. The same code makes the same bytes."""
     plt = pyplot()
@@ -501,6 +537,7 @@ def save(name, out, png=False):
 def parse_arguments(argv=None):
     p = Parser(__doc__, "python -m course.figures ladder scaling")
     p.add_argument("names", metavar="NAME", nargs="*", help=f"which: {', '.join(DRAWINGS)}; default: all")
+    p.add_argument("--measured", action="store_true", help="copy the measured figures, as far as they are there, and draw nothing")
     p.add_argument("--png", action="store_true", help="PNG files, 1920 pixels wide, instead of SVG")
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("assets/readme"), help="where to")
     args = p.parse_args(argv)
@@ -511,6 +548,9 @@ def parse_arguments(argv=None):
 
 def main(argv=None):
     args = parse_arguments(argv)
+    if args.measured:
+        collect(args.out)
+        return
     for name in args.names or DRAWINGS:
         print(f"wrote {save(name, args.out, args.png).as_posix()}")
 

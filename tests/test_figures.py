@@ -103,3 +103,45 @@ def test_the_world_of_two_pictures_has_the_velocity_that_flow_matching_learns():
 def test_a_name_that_is_none_ends_in_one_sentence():
     with pytest.raises(SystemExit, match="there is no drawing 'unit'; there are unet, ladder"):
         figures.main(["unit"])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Every figure on a page
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "course").glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+SHOWN = [(page, name) for page in PAGES
+         for name in re.findall(r"assets/readme/([\w.-]+)\)", page.read_text(encoding="utf-8"))]  # fmt: skip
+
+
+def command_of(name):
+    kind, rest = name.split("_", 1) if "_" in name else ("", "")
+    if kind == "drawing":
+        return f"python -m course.figures {rest.removesuffix('.svg')}"
+    if kind == "failure":
+        return f"python -m studies.failures {rest.removesuffix('.png')}"
+    return figures.MEASURED[name][0]
+
+
+@pytest.mark.parametrize(("page", "name"), SHOWN, ids=lambda value: getattr(value, "stem", value))
+def test_the_command_of_every_figure_stands_on_its_page(page, name):
+    text = " ".join(page.read_text(encoding="utf-8").split())
+    if page.name == "0_plan.md":  # it lists the pages' own figures
+        assert any(name == other and elsewhere != page for elsewhere, other in SHOWN)
+    else:
+        assert command_of(name) in text, f"{page.name} shows {name}, and does not say that {command_of(name)} makes it"
+
+
+def test_no_figure_lies_about_that_no_page_shows():
+    there = {path.name for path in (ROOT / "assets" / "readme").iterdir()}
+    assert there == {name for _, name in SHOWN}
+    assert {name for name in there if name.startswith("drawing_")} == {f"drawing_{name}.svg" for name in DRAWINGS}
+
+
+def test_measured_figures_are_copied_from_where_their_commands_leave_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "pictures.png").write_bytes(b"a picture")
+    figures.main(["--measured", "--out", "pages"])
+    assert (tmp_path / "pages" / "phone.png").read_bytes() == b"a picture" and len(list((tmp_path / "pages").iterdir())) == 1
+    assert "loss.png: there is no runs/zoo/fm/loss.png; python -m assets.make_zoo --only fm makes it" in capsys.readouterr().out
