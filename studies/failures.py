@@ -44,6 +44,7 @@ from common.encoders import FrozenEncoders, hash_folders
 from common.figures import pyplot
 from common.pictures import to_pictures, to_tensor
 from common.run import BINS, Log
+from common.seeds import rng
 from common.shapes import ShapesWorld
 from coreml import layers
 from coreml import mil_interpreter as mil
@@ -53,9 +54,9 @@ from data import open_data
 from decoder import load_decoder
 from evaluate import FAMILIES, prompts_of, score
 from sample import decode, draw_pictures
-from studies.students import draw_with_teacher, noise_for
+from studies.students import draw_with_teacher, encode_prompts, noise_for
 from teacher import Teacher
-from train_fm import noisy_batch, predict
+from train_fm import Batch, noisy_batch, predict
 
 TOY, ZOO = "assets/toy-sd3", Path("assets/zoo")
 PROMPTS = [f"a photo of {what}" for what in (
@@ -309,6 +310,56 @@ def from_the_teacher(args, name, patch, which, title):
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# Stage 3: the few-step target
+
+
+def target_not_divided():
+    """step_distill.target_velocity that returns the way from x_t to x0_T, and forgets that it takes the time t."""
+    right = step_distill.target_velocity
+    return mock.patch.object(step_distill, "target_velocity",
+                             lambda teacher, turbo, x_t, t, *others: flow.expand(t, x_t) * right(teacher, turbo, x_t, t, *others))
+
+
+@torch.no_grad()
+def step_distill_target(args, count=32):
+    """What a student would draw that has learned the target perfectly; and the zoo's student's L_kd at each start time."""
+    device, flags = args.device, step_distill.parse_arguments(["--pictures", "256", "--device", str(args.device)])
+    (network, config), frozen = student("step_distill", device), encoders(device)
+    shift, text = config["sampling"]["shift"], encode_prompts(PROMPTS, frozen)
+    times = flow.sampling_timesteps(flags.for_steps, shift)
+    teacher, noise = Teacher(TOY, text, device), noise_for(PROMPTS, 0, config, frozen)
+    ids = torch.tensor([text.captions.index(prompt) for prompt in PROMPTS])
+    data, _ = open_data(flags, frozen)
+    of_data, (x_0, which) = Teacher(TOY, data, device), data.batch(0, 0, count)
+    states, mask = data.text(which)
+
+    def drawn():
+        def perfect(x, t):
+            return step_distill.target_velocity(teacher, None, x, t, ids, flags, shift)
+
+        return decode(frozen, flow.euler_sample(perfect, noise, (), (), guidance=1.0, times=times.tolist()))
+
+    def losses(name):
+        def measure():
+            found = []
+            for t in times[:-1]:
+                t = t.expand(count)
+                eps = torch.randn(x_0.shape, generator=rng(0))
+                x_t = flow.interpolate(x_0, eps, t)
+                v = predict(network, Batch(x_t.to(device), t.to(device), None, which, states.to(device), mask.to(device)))
+                v_teacher = step_distill.target_velocity(of_data, None, x_t.to(device), t.to(device), which, flags, shift)
+                found.append((v - v_teacher).square().mean().item())
+            return found
+
+        return list(zip(times[:-1].tolist(), kept(args, f"target-{name}", measure), strict=True))
+
+    healthy, good = drawn(), losses("healthy")
+    with target_not_divided():
+        broken, bad = drawn(), losses("broken")
+    return healthy, broken, PROMPTS, lines("loss_kd of a trained student", "start time t", good, bad, "log")
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # The decoder
 
 
@@ -461,9 +512,7 @@ FAILURES = {
                                 lambda args: from_the_teacher(args, "captions", others_captions, 0, "loss_out over t")),
     "distill_weights": Failure("fixed weights, and features that drown the rest", f"distill.py {WEIGHTS}", lambda args: beside(
         args, "distill_weights", "distill", DISTILL, WEIGHTS, "loss_task", ["loss_task"], "log"), 150),
-    "step_distill_guidance": Failure("a few-step student drawn with guidance", "--guidance 3", lambda args: (
-        draw(args, "step_distill"), draw(args, "step_distill", guidance=3.0), PROMPTS,
-        family_bars(args, "step_distill-guidance", "step_distill", broken={"guidance": 3.0}))),
+    "step_distill_target": Failure("a few-step target that is not divided by t", "return x_t - x0", step_distill_target),
     "step_distill_discriminator": Failure("a discriminator that wins", f"step_distill.py {WINS}", lambda args: beside(
         args, "step_distill_discriminator", "step_distill", STEPS, WINS, "d_real and d_fake", ["d_real", "d_fake"]), 150),
     "step_distill_adversarial": Failure("the adversarial loss alone", f"step_distill.py {ALONE}", lambda args: beside(

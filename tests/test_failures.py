@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+import types
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 import decoder
 import flow
+import step_distill
 from common.encoders import FrozenEncoders
 from studies import failures
 from studies.failures import FAILURES
@@ -89,6 +91,17 @@ def test_a_teacher_that_is_asked_wrongly(monkeypatch):
     assert [x.tolist() for x in seen] == [[0.75], [750.0], [0, 1], [1, 2]]
 
 
+def test_a_target_that_is_not_divided_by_t(monkeypatch):
+    """(x_t - x0_T) / t becomes x_t - x0_T."""
+    monkeypatch.setattr(step_distill, "solve", lambda teacher, x_t, *others: 0.25 * x_t)
+    x, t = torch.randn(2, 16, 4, 4), torch.tensor([0.5, 1.0])
+    args = types.SimpleNamespace(teacher_guidance=3.0, solver_steps=8)
+    right = step_distill.target_velocity(None, None, x, t, None, args, 3.0)
+    with failures.target_not_divided():
+        wrong = step_distill.target_velocity(None, None, x, t, None, args, 3.0)
+    assert torch.allclose(wrong, 0.75 * x) and torch.allclose(right, 0.75 * x / t[:, None, None, None])
+
+
 def test_large_numbers_inside_change_no_picture():
     """GroupNorm divides them away: what fails in float16 is the form of the arithmetic, not the network."""
     torch.manual_seed(0)
@@ -113,12 +126,12 @@ def test_large_numbers_inside_change_no_picture():
 def test_a_training_breaks_and_a_figure_is_made_once(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(failures, "FM", "--pictures 64 --batch 4")
     monkeypatch.setattr(failures, "PROMPTS", failures.PROMPTS[:1])
-    flags = ["fm_lr", "--steps", "2", "--out", str(tmp_path), "--device", "cpu"]
+    flags = ["fm_lr", "--steps", "1", "--out", str(tmp_path), "--device", "cpu"]
     failures.main(flags)
     printed = capsys.readouterr().out
-    assert "$ python train_fm.py --pictures 64 --batch 4 --steps 2" in printed and "--lr 0.3 --steps 2" in printed
+    assert "$ python train_fm.py --pictures 64 --batch 4 --steps 1" in printed and "--lr 0.3 --steps 1" in printed
     with Image.open(tmp_path / "failure_fm_lr.png") as picture:
-        assert picture.text["Steps"] == "2" and picture.text["Title"] == "python -m studies.failures fm_lr"
+        assert picture.text["Steps"] == "1" and picture.text["Title"] == "python -m studies.failures fm_lr"
         assert picture.width > 1000
     failures.main(flags)
     assert capsys.readouterr().out.endswith("failure_fm_lr.png: up to date\n")
