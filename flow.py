@@ -57,7 +57,7 @@ def logit_normal_timesteps(n, shift=1.0, mean=0.0, std=1.0, generator=None):
 
 def sampling_timesteps(steps, shift=1.0):
     """The times from 1 to 0 that a sampler visits: (steps + 1,), evenly spaced, then shifted."""
-    return shift_timesteps(torch.linspace(1, 0, steps + 1), shift)
+    return shift_timesteps(torch.linspace(1, 0, steps + 1), shift).clamp(max=1)  # rounding may pass 1, where no interval reaches
 
 
 def guide(v_text, v_empty, scale):

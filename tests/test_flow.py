@@ -34,6 +34,14 @@ def test_shift_keeps_the_ends_and_moves_to_noise():
     assert torch.allclose(shifted[1:-1] / (1 - shifted[1:-1]), 3 * t[1:-1] / (1 - t[1:-1]))
 
 
+def test_rounding_does_not_take_the_first_step_out_of_the_guidance_interval():
+    """1/3 / (1 - 2/3) is 1.0000001 in float32: with it the first step would go without guidance."""
+    for shift in (1 / 3, 0.2, 0.4, 1.0, 1.7, 3.0):
+        times = flow.sampling_timesteps(4, shift)
+        assert times[0] <= 1 and times[0] == pytest.approx(1) and times[-1] == 0
+    assert flow.shift_timesteps(torch.ones(1), 1 / 3) > 1  # the case is a real one
+
+
 def test_sampler_is_exact_for_a_single_picture():
     """If the data is one point, v = (x_t - x_0) / t is linear along the path, and one Euler step is enough."""
     x0 = torch.randn(1, 4, 2, 2)
