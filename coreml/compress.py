@@ -17,7 +17,7 @@ from tqdm import tqdm
 from coreml import mil_interpreter as mil
 from coreml.mil_interpreter import ct, without_bars
 
-LEAST = 512  # numbers; smaller weights are left as they are
+LEAST = 512  # numbers; weights of so many and fewer are left as they are
 LOW, HIGH = 4, 8  # bits of a mix
 
 
@@ -51,7 +51,7 @@ def compressible(package):
     """
     kinds, found = {"conv", "linear", "matmul", "gather"}, ct.optimize.coreml.get_weights_metadata(package, weight_threshold=LEAST)
     return [name for name, weight in found.items()
-            if weight.val.ndim > 1 and {op.op_type for op in weight.child_ops} <= kinds]  # fmt: skip
+            if weight.val.ndim > 1 and weight.val.size > LEAST and {op.op_type for op in weight.child_ops} <= kinds]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------------

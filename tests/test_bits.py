@@ -1,6 +1,7 @@
 """Fewer bits, mixes of them, what is alive at the peak, and a student without its Gemma: each against PyTorch or a sum by hand."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,13 +11,14 @@ from coremltools.converters.mil.mil import types
 from torch import nn
 
 import export_coreml
-from common.checkpoint import save_network
+from common.checkpoint import save_json, save_network
 from common.encoders import FrozenEncoders
 from coreml import compress as compression
 from coreml import costs, layers
 from coreml import mil_interpreter as mil
 from coreml.compress import choose, compress, decompressed, price_of_each, relative_error
 from coreml.layers import PhoneUNet
+from coreml.package import save_package, settings_of
 from coreml.pipeline import Packages
 from coreml.verify import decibels
 from data import Latents
@@ -27,6 +29,7 @@ from studies import bits
 pytestmark = pytest.mark.usefixtures("at_home")
 SMALL = UNetConfig(channels=(32, 64), depth=(1, 1), self_attention=(False, True), mid_depth=1, layers=1, head_dim=32, groups=16,
                    text_dim=176, time_dim=64)  # fmt: skip
+ONE_STAGE = replace(SMALL, channels=(32,), depth=(1,), self_attention=(False,))  # coremltools takes its time for each operation
 SCALES = {"scaling_factor": 1.4066, "shift_factor": 0.0059}
 
 
@@ -37,24 +40,38 @@ def shaken(net):
     return net.eval()
 
 
-def save_student(folder, home, **more):
+def save_student(folder, home, cfg=SMALL, **more):
     torch.manual_seed(0)
     scales = json.loads((home / "assets/zoo/fm/config.json").read_text())
     config = {"encoders": str(home / "assets/toy-sd3"), "latent_size": [8, 8], **{name: scales[name] for name in SCALES},
               "sampling": {"steps": 2, "guidance": 1.0, "shift": 3.0, "times": [1.0, 0.75, 0.0]}}  # fmt: skip
-    net = shaken(UNet(SMALL))
+    net = shaken(UNet(cfg))
     save_network(folder, net, config | more)
     return net, config | more
 
 
+def export_without_checks(command, folder):
+    """What export_coreml.py leaves, for the study to find: half the time, since nothing is converted in float32 too."""
+    args = export_coreml.parse_arguments([*command, "--out", str(folder)])
+    parts, plan, encoders, _ = export_coreml.make_parts(args)
+    report = {"parts": {}}
+    for name, sizes in parts.items():
+        (part,) = sizes.values()
+        save_package(export_coreml.convert(part, "float16", args, {"commit": "test"}), folder / f"{name}.mlpackage")
+        numbers = {"float32_error": 0.0, "decibels": 0.0, "operations": 0, "bytes": 0, "seconds": 0.0, "mac": None}
+        report["parts"][name] = {"settings": settings_of(name, args, encoders), "sizes": {"8": numbers}}
+    save_json(report, folder / "verification.json")
+
+
 @pytest.fixture(scope="module")
 def study(home):
-    """The study of a small student and a small decoder, with random weights: 16 and 4 bits and a mix."""
-    _, config = save_student(home / "student", home)
+    """The study of a small student and a small decoder, with random weights: 16 bits and a mix."""
+    _, config = save_student(home / "student", home, ONE_STAGE)
     decoder = shaken(TinyDecoder(DecoderConfig(channels=(32, 16, 16, 16), blocks=(1, 1, 1, 1), groups=8)))
     save_network(home / "decoder", decoder, config, kind="decoder")
-    command = ["--model", str(home / "student"), "--decoder", str(home / "decoder"), "--bits", "16", "4", "--mixed", "5",
-               "--random", "--per-family", "1", "--out", str(home / "bits")]  # fmt: skip
+    command = ["--model", str(home / "student"), "--decoder", str(home / "decoder")]
+    export_without_checks(command, home / "bits" / "16")
+    command += ["--bits", "16", "--mixed", "5", "--random", "--per-family", "1", "--out", str(home / "bits")]
     bits.main(command)
     return SimpleNamespace(folder=home / "bits", decoder=decoder, command=command)
 
@@ -75,18 +92,20 @@ def test_many_at_once_are_one_after_the_other(study):
 
 
 def test_a_mix_has_the_weights_of_its_bits(study):
-    """Each weight of a mixed package is that of the package where all weights have its bits; larger budgets are nearer."""
+    """In 4 bits a weight has 16 different numbers, in 8 it is within half a step, the channel's largest number / 127."""
     whole = package_of(study, "16", "unet")
     program, mixed = mil.program_of(whole), mil.program_of(package_of(study, "mixed-5", "unet"))
     prices = json.loads((study.folder / "prices.json").read_text())["unet"]
     chosen, found = choose(prices, 5.0), decompressed(program, mixed)
-    expected = {n: decompressed(program, mil.program_of(compress(whole, n))) for n in (8, 4)}
-    assert found.keys() == chosen.keys() and set(chosen.values()) == {8, 4}
+    assert found.keys() == chosen.keys() == set(compression.compressible(whole)) and len(found) > 20
+    originals = {var.name: torch.from_numpy(var.val).float() for op in mil.operations(program) for var in op.inputs.values()
+                 if not isinstance(var, list | tuple) and var.name in found}  # fmt: skip
     for name, weight in found.items():
-        assert torch.equal(weight, expected[chosen[name]][name]), name
-        assert not torch.equal(weight, expected[12 - chosen[name]][name])
-        assert chosen[name] == 8 or len(weight.unique()) <= 16
-    assert 4.5 < compression.average_bits(prices, chosen) <= 5.0
+        original, values = originals[name], weight.unique().numel()
+        step = original.flatten(1).abs().amax(1).view(-1, *[1] * (original.dim() - 1)) / 127
+        near = ((weight - original).abs() <= 0.51 * step + 1e-3 * original.abs()).all()
+        assert (values <= 16 and not near) if chosen[name] == 4 else (values > 16 and near), name
+    assert set(chosen.values()) == {8, 4} and 4.5 < compression.average_bits(prices, chosen) <= 5.0
 
 
 def test_the_price_of_a_weight_is_that_of_pytorch(study):
@@ -107,7 +126,7 @@ def test_the_price_of_a_weight_is_that_of_pytorch(study):
             own[name].data = kept
             assert prices[name]["error"] == pytest.approx(error, rel=0.05, abs=1e-9) and prices[name]["numbers"] == kept.numel()
             seen += 1
-    assert seen >= 0.8 * len(prices) and max(price["error"] for price in prices.values()) > 1e-4
+    assert seen >= 0.8 * len(prices) and max(price["error"] for price in prices.values()) > 1e-6
 
 
 def test_choose_spends_the_budget_on_the_dearest():
@@ -122,22 +141,17 @@ def test_choose_spends_the_budget_on_the_dearest():
 def test_the_study_is_resumed_row_by_row_and_reports_what_it_did(study, capsys):
     report = json.loads((study.folder / "bits.json").read_text())
     rows = report["rows"]
-    assert list(rows) == ["16", "4", "mixed 5"] and (study.folder / "bits.png").is_file()
-    sizes = {name: sum(row["bytes"].values()) for name, row in rows.items()}
-    assert sizes["16"] > sizes["mixed 5"] > sizes["4"]
+    assert list(rows) == ["16", "mixed 5"] and (study.folder / "bits.png").is_file()
     for part in ("unet", "decoder", "text_encoder"):
-        assert rows["16"]["decibels"][part] > rows["mixed 5"]["decibels"][part] > rows["4"]["decibels"][part]
+        assert rows["16"]["bytes"][part] > rows["mixed 5"]["bytes"][part]
+        assert rows["16"]["decibels"][part] > 50 and rows["16"]["decibels"][part] - 10 > rows["mixed 5"]["decibels"][part] > 10
     plan = json.loads((study.folder / "mixed-5" / "pipeline.json").read_text())
     assert plan["nbits"] == "mixed 5" and Packages(study.folder / "mixed-5").draw(["a photo of a star"], [0])[0].size == (64, 64)
-    made = [study.folder / name / "unet.mlpackage" for name in ("16", "4", "mixed-5")]
-    before = [path.stat().st_mtime_ns for path in made]
-    (study.folder / "4" / "row.json").unlink()
+    (study.folder / "16" / "row.json").unlink()
     bits.main(study.command)
     printed = capsys.readouterr().out
-    assert "-- 4 bits" in printed and "-- mixed" not in printed
+    assert "-- 16 bits" in printed and "-- mixed" not in printed and "unet: kept" in printed
     assert json.loads((study.folder / "bits.json").read_text())["rows"] == rows
-    after = [path.stat().st_mtime_ns for path in made]
-    assert after[0] == before[0] and after[1] > before[1] and after[2] == before[2]
     with pytest.raises(SystemExit, match="other settings"):
         bits.main([*study.command, "--seed", "1"])
 
