@@ -111,7 +111,8 @@ def front(rows):
 
 
 def print_table(rows, prices, args):
-    print(f"\nInterpreted in torch, {describe_machine(torch.device('cpu'))}; {args.model}, {args.decoder}, layout {args.layout}")
+    machine = describe_machine(torch.device("cpu"))
+    print(f"\nInterpreted in torch {machine['torch']}, commit {machine['commit']}: {args.model}, {args.decoder}, {args.layout}")
     print(f"{'bits':14}{'MB':>8}{'UNet MB':>9}{'average':>9}{'text dB':>9}{'UNet dB':>9}{'decoder dB':>12}"
           f"   mini-GenEval, {rows[next(iter(rows))]['pictures']} prompts")  # fmt: skip
     best = front(rows)
@@ -146,7 +147,8 @@ def plot(rows, prices, args):
             label = {"same": "the same bits for all", "mixed": "8 where 4 cost most", "random": "8 by lot"}[kind]
             axis.plot([sizes[n] for n in some], [value(rows[n]) for n in some], marker, label=label if some else None)
             for n in some:
-                axis.annotate(n.split()[-1], (sizes[n], value(rows[n])), (4, 4), textcoords="offset points", fontsize=8)
+                place = (4, -10) if kind == "same" else (4, 4)
+                axis.annotate(n.split()[-1], (sizes[n], value(rows[n])), place, textcoords="offset points", fontsize=8)
     for name, row in rows.items():
         axes[0].plot([sizes[name]] * 2, row["interval"], color="gray", lw=0.7, zorder=0)
     best = front(rows)
@@ -157,10 +159,7 @@ def plot(rows, prices, args):
     bits, errors = choose(prices["unet"], average), [100 * price["error"] for price in prices["unet"].values()]
     colors = ["tab:orange" if bits[name] == HIGH else "tab:blue" for name in prices["unet"]]
     axes[2].bar(range(len(errors)), errors, width=1.0, color=colors)
-    for i, name in enumerate(prices["unet"]):
-        if errors[i] >= sorted(errors)[-4]:
-            axes[2].annotate(short(name), (i, errors[i]), (0, 2), textcoords="offset points", fontsize=6, ha="center")
-    axes[2].set(title=f"each weight of the UNet alone in {LOW} bits (orange: 8 in 'mixed {average:g}')", yscale="log",
+    axes[2].set(title=f"each weight of the UNet alone in {LOW} bits; orange: has {HIGH} in 'mixed {average:g}'", yscale="log",
                 ylabel="error, % of the output's energy", xlabel="weights in the order of the program")  # fmt: skip
     save_figure(figure, args.out / "bits.png")
 

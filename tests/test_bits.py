@@ -135,6 +135,7 @@ def test_choose_spends_the_budget_on_the_dearest():
     assert choose(prices, 4.0) == dict.fromkeys("abcd", 4) and choose(prices, 8.0) == dict.fromkeys("abcd", 8)
     assert choose(prices, 4.8) == {"a": 4, "b": 8, "c": 4, "d": 4}  # 200 of 1000 numbers: b alone
     assert choose(prices, 5.2) == {"a": 8, "b": 8, "c": 4, "d": 4}  # 300
+    assert choose(prices, 7.2) == {"a": 8, "b": 8, "c": 4, "d": 8}  # 800: not b and c, whose errors are the largest
     assert choose(prices, 5.7) == {"a": 8, "b": 8, "c": 4, "d": 8}  # 425: c does not fit, d does
 
 
