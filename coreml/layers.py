@@ -141,7 +141,7 @@ class PhoneText(nn.Module):
 # The layout of the neural engine: (B, C, 1, S), S = H * W positions
 
 LONGEST = 16384  # positions or queries on the last axis: the neural engine's compiler takes no H or W beyond it
-PIECE = 4096  # positions that pass through a stage's blocks at once, where they need not see each other
+PIECE = 2**20  # numbers that pass through a stage's blocks at once, where positions need not see each other
 SCORES = 2**20  # numbers in one tensor of attention scores: 2 MiB in float16
 HIDDEN = 2**22  # numbers of a ResBlock's hidden channels at once: 8 MiB in float16
 
@@ -314,7 +314,7 @@ class AneTransformer(nn.Module):
         h = x if self.norm is None else self.norm(x)
         h = h.flatten(2)[:, :, None]  # (B, C, H, W) -> (B, C, 1, S)
         parts = []
-        for part in pieces(h, PIECE) if alone else [h]:
+        for part in pieces(h, PIECE // h.shape[1]) if alone else [h]:
             part = part if self.proj_in is None else self.proj_in(part)
             for block in self.blocks:
                 part = block(part, text, mask, rope)

@@ -193,6 +193,18 @@ def test_a_resblock_in_pieces_is_the_resblock(most, monkeypatch):
     assert max(widths) == {2**22: 192, 4096: 96, 1: 96}[most] and (12 in widths) == (most == 1)  # 192 channels in 16 groups of 12
 
 
+def test_a_unet_in_small_pieces_is_the_unet(monkeypatch):
+    """Positions and hidden channels some at a time, as at 128x128 latents; the pieces of 5 do not divide 96 positions."""
+    torch.manual_seed(0)
+    unet, x, text, mask = shaken(UNet(SMALL)), torch.randn(2, 16, 8, 12), torch.randn(2, 7, 176), torch.ones(2, 7)
+    monkeypatch.setattr(layers, "HIDDEN", 2048)
+    monkeypatch.setattr(layers, "PIECE", 5 * 32)
+    with torch.no_grad():
+        expected = unet(x, torch.tensor([0.2, 0.9]), text, mask.bool())
+        found = PhoneUNet(unet)(x, torch.tensor([0.2, 0.9]), text, mask)
+    assert (expected - found).abs().max() < 2e-5 * expected.abs().max()
+
+
 @pytest.mark.parametrize("layout", ["ane", "standard"])
 def test_no_tensor_holds_a_skip_beside_what_it_joins(layout):
     """In stage 1, where they are largest, and only in the layout of the neural engine."""
