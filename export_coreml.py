@@ -1,6 +1,6 @@
 """Stage 4: Core ML packages for a phone, each checked op by op before it is called done.
 
-    text_encoder.mlpackage    both CLIPs: tokens -> text states, mask
+    text_encoder.mlpackage    both CLIPs: tokens -> text states, mask (--gemma none: Gemma's place, see coreml/texts.py)
     unet.mlpackage            the student: latent, t, text, mask -> velocity
     decoder.mlpackage         the tiny decoder: latent -> picture, 0 to 255
     pipeline.json             steps, times, guidance, sizes, tokenizers: all else that an app needs
@@ -10,6 +10,7 @@
 
     python export_coreml.py                                         # runs/step_distill, runs/decoder (or the zoo's) -> build/
     python export_coreml.py --nbits 6 --out build6 --score 10       # 6-bit palettes; mini-GenEval through the packages
+    python export_coreml.py --mixed 5 --out build5                  # 8 bits where 4 would cost most (coreml/compress.py)
     python export_coreml.py --model assets/zoo/distill --batch 2    # guidance: caption and empty caption in one batch
     python export_coreml.py --random t2i --parts unet decoder --latent 128     # the paper's sizes, random weights
 
@@ -31,27 +32,26 @@ import numpy as np
 import torch
 
 import flow
-from common.arguments import Parser, integer
+from common.arguments import Parser, integer, real
 from common.checkpoint import check_encoders, latest, load_student, save_atomically, save_json
 from common.device import describe_machine
-from common.encoders import GEMMA_TOKENS, FrozenAutoencoder, FrozenEncoders
 from common.figures import captioned_grid
 from common.seeds import rng
 from coreml import cases
 from coreml import mil_interpreter as mil
-from coreml.compress import compress
+from coreml.compress import HIGH, LOW, choose, compress, price_of_each
 from coreml.layers import PhoneDecoder, PhoneText, PhoneUNet
 from coreml.lines import beside, lines_of, mark
 from coreml.mil_interpreter import ct, without_bars  # coremltools, with its warnings about this machine silenced
 from coreml.package import check_company, clear_errors, function_name, join, save_package, settings_of, size_of
-from coreml.pipeline import PARTS, Packages
+from coreml.pipeline import PARTS, Packages, real_inputs
+from coreml.texts import EXAMPLE, open_encoders, tokens_of
 from coreml.verify import FLOAT16_BAR, check, on_this_mac
+from data import PROMPTS
 from decoder import PRESETS as DECODERS
 from decoder import TinyDecoder, load_decoder
 from evaluate import prompts_of, score
 from model import PRESETS, UNet
-
-EXAMPLE = "a photo of a red circle left of a blue star"
 
 
 @dataclass
@@ -83,25 +83,20 @@ class Part:
 # Wrap: the three parts, in the form that a phone can take
 
 
-def tokens_of(encoders, captions):
-    """(tokens, tokens_2), each (B, T) int32, as the phone's tokenizer has to make them."""
-    how = dict(padding="max_length", max_length=encoders.max_tokens, truncation=True, return_tensors="pt")
-    return [tokenizer(captions, **how).input_ids.int() for tokenizer in encoders.tokenizers]
-
-
 def text_part(encoders, width):
     tokens, tokens_2 = tokens_of(encoders, [EXAMPLE])
-    clips, end = encoders.text_encoders, encoders.tokenizers[0].eos_token_id
+    clips, end, tail = encoders.text_encoders, encoders.tokenizers[0].eos_token_id, getattr(encoders.gemma, "states", None)
+    length = tokens.shape[1] + (0 if tail is None else tail.shape[1])
 
     def reference(*tokens):
         text, mask = encoders.student_text([EXAMPLE], width)
         return text, mask.float()
 
     return Part(
-        PhoneText(clips, width, end).eval(), reference, {"tokens": tokens, "tokens_2": tokens_2}, ("text", "mask"),
+        PhoneText(clips, width, end, tail).eval(), reference, {"tokens": tokens, "tokens_2": tokens_2}, ("text", "mask"),
         {"tokens": f"token ids of the first tokenizer, (1, {tokens.shape[1]}), padded",
          "tokens_2": "token ids of the second tokenizer, the same shape",
-         "text": f"text states, (1, {tokens.shape[1]}, {width}); an input of the UNet",
+         "text": f"text states, (1, {length}, {width}); an input of the UNet",
          "mask": "1 up to the end of the text, 0 for padding; an input of the UNet"},
         "SnapGen: both CLIP text models up to their last layer but one",
     )  # fmt: skip
@@ -137,7 +132,10 @@ def decoder_part(decoder, latent):
 
 
 def make_parts(args):
-    """({part: {latent size: Part}}, what pipeline.json says, encoders): the text encoder has no latent and is under 0."""
+    """({part: {latent size: Part}}, what pipeline.json says, encoders, see): the text encoder has no latent and is under 0.
+
+    see() gives what the parts get to see while the student draws, see pipeline.real_inputs.
+    """
     torch.manual_seed(0)
     encoders = tokenizers = None
     if args.random:
@@ -158,7 +156,7 @@ def make_parts(args):
             "model": str(args.model), "steps": sampling["steps"], "times": times, "shift": sampling["shift"],
             "scaling_factor": encoders.scaling_factor, "shift_factor": encoders.shift_factor,
             "latents": "already scaled and shifted: the decoder takes what the UNet leaves",
-            "tokenizers": tokenizers, "tokens": mask.shape[1],
+            "tokenizers": tokenizers, "tokens": getattr(encoders, "max_tokens", mask.shape[1]), "gemma": args.gemma,
         }  # fmt: skip
     batch = check_sizes(args, unet.cfg, sampling["guidance"], sizes)
     parts = {}
@@ -171,36 +169,7 @@ def make_parts(args):
     pipeline |= {"guidance": sampling["guidance"], "batch": batch, "nbits": args.nbits,
                  "functions": {size: function_name(size, sizes) for size in sizes},
                  "latent_channels": unet.cfg.latent_channels, "latent_sizes": sizes}  # fmt: skip
-    return parts, pipeline, encoders
-
-
-def open_encoders(args, cfg, config):
-    """(encoders, names of their tokenizers, example text (1, T, D), mask (1, T)) of a student.
-
-    Raises SystemExit when its captions are read by something that is not exported: only CLIP text models are.
-    """
-    folder, wanted = Path(args.teacher or config["encoders"]), "text_encoder" in args.parts
-    if config.get("gemma") and wanted:
-        raise SystemExit(f"{args.model} reads its captions with Gemma too, and only CLIP text models are exported: run a "
-                         "language model elsewhere, and give --parts unet decoder.")  # fmt: skip
-    paths = [folder / name / "config.json" for name in ("text_encoder", "text_encoder_2")]
-    kinds = {p.parent: json.loads(p.read_text()).get("model_type") for p in paths if p.is_file()}
-    others = {path: kind for path, kind in kinds.items() if kind != "clip_text_model"}
-    if others and wanted:  # billions of weights do not belong on a phone, and the layers are not CLIP's
-        path, kind = next(iter(others.items()))
-        raise SystemExit(f"{path} is a {kind}, and only CLIP text models are exported: run a language model elsewhere, and give "
-                         "its states to the UNet (--parts unet decoder).")  # fmt: skip
-    if others:
-        encoders, tokenizers = FrozenAutoencoder(folder), []
-        text, mask = torch.randn(1, 77, cfg.text_dim, generator=rng(0)), torch.ones(1, 77)  # will do to check a program
-    else:
-        encoders, tokenizers = FrozenEncoders(folder), ["tokenizer", "tokenizer_2"]
-        if wanted and cfg.text_dim < encoders.text_dim:
-            raise SystemExit(f"{args.model} reads the first CLIP alone, and the text package has both: give --parts unet decoder.")
-        text, mask = encoders.student_text([EXAMPLE], cfg.text_dim)
-    if config.get("gemma"):  # its tokens stand behind CLIP's
-        text, mask = (torch.cat([x, x[:, -1:].expand(-1, GEMMA_TOKENS, *x.shape[2:])], 1) for x in (text, mask))
-    return encoders, tokenizers, text, mask
+    return parts, pipeline, encoders, functools.partial(real_inputs, unet, pipeline, encoders, PROMPTS, text, mask)
 
 
 def check_sizes(args, cfg, guidance, sizes):
@@ -259,12 +228,12 @@ def convert(part, precision, args, about):
     return package
 
 
-def export(name, parts, args, about):
+def export(name, parts, args, about, see=None):
     """Convert, save and verify one part at all its latent sizes: {latent size: report}, and out/NAME.mlpackage."""
     path, reports, start, sizes = args.out / f"{name}.mlpackage", {}, time.time(), list(parts)
     bar = FLOAT16_BAR if args.nbits == 16 and not args.random else None
     with clear_errors(path), tempfile.TemporaryDirectory(dir=args.out, prefix=".") as scratch:
-        halves, lines = {}, {}
+        halves, lines, bits, mix = {}, {}, args.nbits, None
         for size, part in parts.items():
             exact = Path(scratch) / f"exact{size}.mlpackage"
             convert(part, "float32", args, about).save(str(exact))
@@ -273,8 +242,12 @@ def export(name, parts, args, about):
             package = convert(part, "float16", args, about)
             lines[function_name(size, sizes)] = lines_of(package)
             halves[size] = Path(scratch) / f"{name}{size}.mlpackage"
-            (package if args.nbits == 16 else compress(package, args.nbits)).save(str(halves[size]))
-            reports[size] = {"float32_error": error}
+            if args.mixed and mix is None:  # measured at the first size, the same weights for all
+                prices = price_of_each(package, see()[name])
+                bits = choose(prices, args.mixed)
+                mix = {weight: price | {"bits": bits[weight]} for weight, price in prices.items()}
+            (package if bits == 16 else compress(package, bits)).save(str(halves[size]))
+            reports[size] = {"float32_error": error} | ({"mix": mix} if mix else {})
         candidate = halves[sizes[0]]
         if len(sizes) > 1:
             candidate = Path(scratch) / f"{name}.mlpackage"
@@ -330,7 +303,10 @@ def parse_arguments(argv=None):
     # how
     p.add_argument("--latent", type=integer(1), nargs="+", metavar="SIDE", help="sides of the latent; several: a function for each")
     p.add_argument("--batch", type=integer(1, 2), help="2 for guidance; default: what the student needs")
-    p.add_argument("--nbits", type=integer(), choices=(16, 8, 6, 4), default=16, help="bits a weight: 8 linear, 6 and 4 palettes")
+    bits = p.add_mutually_exclusive_group()
+    bits.add_argument("--nbits", type=integer(), choices=(16, 8, 6, 4), default=16, help="bits a weight: 8 linear, 6, 4 palettes")
+    bits.add_argument("--mixed", type=real(LOW, HIGH), metavar="BITS", help="8 bits where 4 cost most: so many on average")
+    p.add_argument("--gemma", choices=("none",), help="leave Gemma out of a student that was trained with it")
     p.add_argument("--layout", choices=("ane", "standard"), default="ane", help="ane: the neural engine's; standard: model.py's")
     p.add_argument("--target", choices=("iOS18", "iOS17"), default="iOS18", help="the oldest system that has to run it")
     # checks
@@ -340,7 +316,11 @@ def parse_arguments(argv=None):
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("build"), help="where the packages go")
     p.add_argument("--force", action="store_true", help="export again what is there already")
     p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    args.nbits = f"mixed {args.mixed:g}" if args.mixed else args.nbits
+    if args.random and args.gemma:
+        raise SystemExit("--random has no text encoder: leave --gemma out.")
+    return args
 
 
 def main(argv=None):
@@ -348,7 +328,7 @@ def main(argv=None):
     if not args.random:
         args.model, args.decoder = args.model or latest("step_distill"), args.decoder or latest("decoder")
     torch.set_flush_denormal(False)  # float16's smallest numbers are such
-    parts, pipeline, encoders = make_parts(args)
+    parts, pipeline, encoders, see = make_parts(args)
     about = describe_machine(torch.device("cpu")) | {"coremltools": ct.__version__}
     record, exported = args.out / "verification.json", False
     report = json.loads(record.read_text()) if record.is_file() else {"parts": {}}
@@ -366,7 +346,7 @@ def main(argv=None):
         report["parts"].pop(name, None)  # until the new one is there and verified, nothing is said about it
         report.pop("mini_geneval", None)
         save_json(report, record)
-        reports = export(name, sizes, args, about)
+        reports = export(name, sizes, args, about, see)
         report["parts"][name], exported = {"settings": settings, "sizes": reports}, True
         save_json(report | {"machine": about}, record)
     with clear_errors(args.out):

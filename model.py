@@ -270,14 +270,16 @@ class Layer(nn.Module):
         depth, attend = cfg.depth[stage], cfg.self_attention[stage]
         if stage == 0 and cfg.text_in_first_stage:
             if c_in != c_out:
-                self.merge = nn.Conv2d(c_in, c_out, 1)  # a skip was concatenated
+                self.merge = nn.Conv2d(c_in, c_out, 1)  # a skip is concatenated
             self.transformer = Transformer2D(cfg, c_out, depth, attend, projections=False)
         else:
             self.resblock = ResBlock(cfg, c_in, c_out)
             if depth:
                 self.transformer = Transformer2D(cfg, c_out, depth, attend)
 
-    def forward(self, x, time, text, mask):
+    def forward(self, x, time, text, mask, skip=None):
+        if skip is not None:
+            x = torch.cat([x, skip], dim=1)
         if self.merge is not None:
             x = self.merge(x)
         if self.resblock is not None:
@@ -376,7 +378,7 @@ class UNet(nn.Module):
         x = run("mid.2", self.mid[2], x, time)
         for i, stage in enumerate(self.up):
             for j, layer in enumerate(stage.layers):
-                x = run(f"up.{i}.layers.{j}", layer, torch.cat([x, skips.pop()], dim=1), time, text, mask)
+                x = run(f"up.{i}.layers.{j}", layer, x, time, text, mask, skips.pop())
             if stage.resample is not None:
                 x = stage.resample(x)
         velocity = self.conv_out(F.silu(self.norm_out(x)))

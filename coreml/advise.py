@@ -22,7 +22,7 @@ from common.arguments import Parser, integer, real
 from common.checkpoint import save_json
 from coreml import lines
 from coreml import mil_interpreter as mil
-from coreml.costs import activation_bytes, size
+from coreml.costs import peak_of, size
 from coreml.pipeline import PARTS
 
 # Apple: Deploying Transformers on the Apple Neural Engine (2022), with its code; Hollemans: what is known about the engine
@@ -270,7 +270,8 @@ def advise(program, function="main", where=None, scores=SCORES, large=LARGE):
         scores, large: bytes above which an attention's scores, and from which a transpose, is worth a line.
 
     Returns ([Finding], totals): totals has operations, transposes, reshapes, largest and its bytes, activation_bytes (the peak
-    of what is alive at once), value_bytes and padded_bytes (of all values, packed and as the neural engine keeps them).
+    of what is alive at once), peak (the operation there, its line, and [name, shape, bytes, line] of what is alive), value_bytes
+    and padded_bytes (of all values, packed and as the neural engine keeps them).
     """
     graph, limits, where = Graph(program, function), {"scores": scores, "large": large}, where or {}
     found = []
@@ -281,11 +282,13 @@ def advise(program, function="main", where=None, scores=SCORES, large=LARGE):
             found.append(Finding(rule, op.name, op.op_type, *shapes, count, note, line, module))
     values = [var for op in graph.ops for var in op.outputs]
     largest = max(values, key=size)
-    kinds = collections.Counter(op.op_type for op in graph.ops)
+    kinds, (peak, at, alive) = collections.Counter(op.op_type for op in graph.ops), peak_of(program, function)
+    alive = [[var.name, list(var.shape), size(var), where.get(var.name, lines.UNKNOWN)] for var in alive]
     return found, {
         "operations": len(graph.ops), "transposes": kinds["transpose"], "reshapes": sum(kinds[kind] for kind in RESHAPES),
         "largest": f"{largest.name} {tuple(largest.shape)}", "largest_bytes": size(largest),
-        "activation_bytes": activation_bytes(program, function),
+        "activation_bytes": peak, "peak": {"op": at and f"{at.op_type} {at.outputs[0].name}",
+                                           "line": where.get(at and at.outputs[0].name, lines.UNKNOWN), "alive": alive},
         "value_bytes": sum(map(size, values)), "padded_bytes": sum(map(padded, values)),
     }  # fmt: skip
 
@@ -299,6 +302,7 @@ def print_advice(title, found, totals, top):
     print(f"\n{title}: {totals['operations']:,} operations, {totals['transposes']} transposes, {totals['reshapes']} reshapes")
     print(f"largest value {mb['largest_bytes']:.2f} MB, {totals['largest']}; at most {mb['activation_bytes']:.2f} MB alive at "
           f"once; all values {mb['value_bytes']:.1f} MB, padded {mb['padded_bytes']:.1f} MB")  # fmt: skip
+    print_peak(totals["peak"], totals["activation_bytes"])
     if not found:
         print("nothing here breaks a rule")
         return
@@ -319,6 +323,17 @@ def print_advice(title, found, totals, top):
         print(f"{f.rule:11}{len(some):6}{sum(g.bytes for g in some) / 1e6:10.2f}   {f.line:24}{about}")
     if len(rows) > top:
         print(f"and {len(rows) - top} rows more: --top, or --json for every finding")
+
+
+def print_peak(peak, total):
+    """The values that are alive at the peak: those of 5 % of it or more, and the rest as one."""
+    print(f"the peak is at {peak['op'] or 'the inputs'}, {peak['line']}; alive are")
+    large = [value for value in peak["alive"] if value[2] >= total / 20]
+    for name, axes, count, line in large:
+        print(f"{'':17}{count / 1e6:10.2f}   {shape(axes)} {name}; {line}")
+    if len(large) < len(peak["alive"]):
+        rest = peak["alive"][len(large) :]
+        print(f"{'':17}{sum(count for _, _, count, _ in rest) / 1e6:10.2f}   {len(rest)} smaller values")
 
 
 def shape(axes):

@@ -32,21 +32,29 @@ def size(var):
     return int(np.prod(var.shape)) * mil.torch_type(var).itemsize
 
 
-def activation_bytes(program, function="main"):
-    """The largest sum of bytes of all values that are alive at once, if each is dropped after its last reader."""
-    ops = mil.operations(program, function)
+def peak_of(program, function="main"):
+    """(bytes, operation, [variables]): the largest sum of bytes of values that are alive at once, while which operation is computed
+    (None: before the first), and these values, the largest first. Each is dropped after its last reader."""
+    ops, inputs = mil.operations(program, function), program.functions[function].inputs
     last = {}
     for i, op in enumerate(ops):
         for value in op.inputs.values():
             last |= {var.name: i for var in (value if isinstance(value, list | tuple) else [value])}
-    outputs = {var.name for var in program.functions[function].outputs}
-    alive = {name: size(var) for name, var in program.functions[function].inputs.items()}
-    peak = sum(alive.values())
+    outputs, alive = {var.name for var in program.functions[function].outputs}, dict(inputs)
+    now = sum(map(size, alive.values()))
+    peak = now, None, list(alive.values())
     for i, op in enumerate(ops):
         if op.op_type.startswith("constexpr"):
             continue  # weights
-        alive |= {var.name: size(var) for var in op.outputs}
-        peak = max(peak, sum(alive.values()))
+        alive |= {var.name: var for var in op.outputs}
+        now = sum(map(size, alive.values()))
+        if now > peak[0]:
+            peak = now, op, list(alive.values())
         for name in [name for name in alive if last.get(name, i) <= i and name not in outputs]:
             del alive[name]
-    return peak
+    return *peak[:2], sorted(peak[2], key=size, reverse=True)
+
+
+def activation_bytes(program, function="main"):
+    """The largest sum of bytes of all values that are alive at once."""
+    return peak_of(program, function)[0]

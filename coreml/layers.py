@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import RMSNorm, Transformer2D, rope_table
+from model import Layer, ResBlock, RMSNorm, Transformer2D, rope_table
 
 MASKED = -1e4  # added to the logit of padding; exp() of it is 0 in any precision, and float16 can hold it
 
@@ -33,9 +33,13 @@ class LayerNormGroups(nn.Module):
         self.groups, self.eps, self.weight, self.bias = norm.num_groups, norm.eps, norm.weight, norm.bias
 
     def forward(self, x):
-        h = x.reshape(x.shape[0], self.groups, -1, x.shape[3])
-        h = F.layer_norm(h, h.shape[2:], eps=self.eps).reshape(x.shape)
-        return h if self.weight is None else h * self.weight[None, :, None, None] + self.bias[None, :, None, None]
+        return norm_groups(x, self.groups, self.eps, self.weight, self.bias)
+
+
+def norm_groups(x, groups, eps, weight, bias):
+    h = x.reshape(x.shape[0], groups, -1, x.shape[3])
+    h = F.layer_norm(h, h.shape[2:], eps=eps).reshape(x.shape)
+    return h if weight is None else h * weight[None, :, None, None] + bias[None, :, None, None]
 
 
 def replace_modules(net, kind, build):
@@ -56,6 +60,10 @@ class PhoneUNet(nn.Module):
         unet = copy.deepcopy(unet).eval()
         if layout == "ane":
             unet = replace_modules(unet, Transformer2D, AneTransformer)
+            for stage in unet.up:
+                replace_modules(stage, Layer, lambda layer: layer if layer.merge is None else MergeApart(layer))
+            if unet.cfg.separable:
+                replace_modules(unet, ResBlock, ResBlockInPieces)
         self.unet = replace_modules(unet, nn.GroupNorm, LayerNormGroups)
 
     def forward(self, latent, t, text, mask):
@@ -108,27 +116,34 @@ class PhoneText(nn.Module):
     """Both CLIPs: forward(tokens, tokens_2 (1, T) int32) -> text (1, T, width), mask (1, T) of 0 and 1.
 
     The mask is 1 up to and including the first end-of-text token, the tokenizer's `end` (old CLIP configs name another).
-    `width` pads the states with zeros, as encoders.pad_text.
+    `width` pads the states with zeros, as encoders.pad_text. `tail` (1, n, up to width) are states that stand behind every text, as
+    real tokens, so that T grows by n: see coreml/texts.py.
     """
 
-    def __init__(self, clips, width, end):
+    def __init__(self, clips, width, end, tail=None):
         super().__init__()
         self.clips, self.width = nn.ModuleList(PhoneClip(clip) for clip in clips), width
         self.end = end
+        tail = torch.zeros(1, 0, width) if tail is None else tail.float()
+        self.register_buffer("tail", F.pad(tail, (0, width - tail.shape[-1])))
 
     def forward(self, tokens, tokens_2):
         text = torch.cat([clip(ids) for clip, ids in zip(self.clips, (tokens, tokens_2), strict=True)], dim=-1)
         ends = (tokens == self.end).float()
         ends_before = torch.cumsum(ends, dim=1) - ends
-        return F.pad(text, (0, self.width - text.shape[-1])), (ends_before < 0.5).float()
+        text, mask = F.pad(text, (0, self.width - text.shape[-1])), (ends_before < 0.5).float()
+        if self.tail.shape[1] == 0:
+            return text, mask
+        return torch.cat([text, self.tail], dim=1), torch.cat([mask, torch.ones(self.tail.shape[:2])], dim=1)
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # The layout of the neural engine: (B, C, 1, S), S = H * W positions
 
 LONGEST = 16384  # positions or queries on the last axis: the neural engine's compiler takes no H or W beyond it
-PIECE = 4096  # positions that pass through a stage's blocks at once, where they need not see each other
+PIECE = 2**20  # numbers that pass through a stage's blocks at once, where positions need not see each other
 SCORES = 2**20  # numbers in one tensor of attention scores: 2 MiB in float16
+HIDDEN = 2**22  # numbers of a ResBlock's hidden channels at once: 8 MiB in float16
 
 
 def as_conv(linear):
@@ -233,6 +248,46 @@ def rotate_channels(x, cos, sin):
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=1)
 
 
+class ResBlockInPieces(nn.Module):
+    """model.ResBlock with separable convolutions, whose hidden channels, the widest of all, are computed some groups at a time.
+
+    From the pointwise convolution that makes them to the one that sums them up, no group of channels sees another.
+    """
+
+    def __init__(self, block):
+        super().__init__()
+        self.norm1, self.time_proj, self.norm2, self.shortcut = block.norm1, block.time_proj, block.norm2, block.shortcut
+        self.groups = block.norm2.num_groups
+        (self.first, self.widen), (self.second, self.narrow) = block.conv1, block.conv2
+
+    def forward(self, x, time):
+        norm, numbers = self.norm2, self.second.in_channels * x.shape[2] * x.shape[3]
+        n = next(n for n in range(1, self.groups + 1) if self.groups % n == 0 and numbers <= n * HIDDEN or n == self.groups)
+        h, time, out = self.first(F.silu(self.norm1(x))), self.time_proj(F.silu(time))[:, :, None, None], self.shortcut(x)
+        weights = (self.widen.weight, self.widen.bias, time.transpose(0, 1), norm.weight, norm.bias, self.second.weight)
+        pieces = zip(*(w.chunk(n) for w in weights), self.narrow.weight.chunk(n, dim=1), strict=True)
+        for i, (widen, bias, shift, gain, offset, depthwise, narrow) in enumerate(pieces):
+            part = F.conv2d(h, widen, bias) + shift.transpose(0, 1)
+            part = F.silu(norm_groups(part, self.groups // n, norm.eps, gain, offset))
+            part = F.conv2d(part, depthwise, None, self.second.stride, self.second.padding, groups=part.shape[1])
+            out = out + F.conv2d(part, narrow, self.narrow.bias if i == 0 else None)
+        return out
+
+
+class MergeApart(nn.Module):
+    """model.Layer of stage 1 on the way up: W [x, skip] + b as W_x x + (W_skip skip + b), so that no tensor holds x and skip."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.transformer, merge = layer.transformer, layer.merge
+        skip = merge.out_channels  # a skip of this stage is as wide as the stage
+        weight_x, weight_skip = merge.weight[:, :, 0, 0].split([merge.in_channels - skip, skip], dim=1)
+        self.of_x, self.of_skip = as_conv(linear_of(weight_x, None)), as_conv(linear_of(weight_skip, merge.bias))
+
+    def forward(self, x, time, text, mask, skip):
+        return self.transformer(self.of_x(x) + self.of_skip(skip), text, mask)
+
+
 class AneTransformer(nn.Module):
     """model.Transformer2D with everything between the picture-shaped ends in (B, C, 1, S).
 
@@ -259,7 +314,7 @@ class AneTransformer(nn.Module):
         h = x if self.norm is None else self.norm(x)
         h = h.flatten(2)[:, :, None]  # (B, C, H, W) -> (B, C, 1, S)
         parts = []
-        for part in pieces(h, PIECE) if alone else [h]:
+        for part in pieces(h, PIECE // h.shape[1]) if alone else [h]:
             part = part if self.proj_in is None else self.proj_in(part)
             for block in self.blocks:
                 part = block(part, text, mask, rope)

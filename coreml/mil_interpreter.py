@@ -54,10 +54,14 @@ def without_bars():
 def read_package(path):
     """The MIL program in a .mlpackage. Raises SystemExit with one sentence if there is none."""
     try:
-        package = ct.models.MLModel(str(path), skip_model_load=True)
-        return load_program(package.get_spec(), package.get_spec().specificationVersion, package.weights_dir)
+        return program_of(ct.models.MLModel(str(path), skip_model_load=True))
     except Exception as error:  # coremltools raises whatever it meets
         raise SystemExit(f"{path} is not a Core ML package that can be read ({error}): export it again.") from error
+
+
+def program_of(package):
+    """The MIL program of a package in memory."""
+    return load_program(package.get_spec(), package.get_spec().specificationVersion, package.weights_dir)
 
 
 def operations(program, function="main"):
@@ -77,7 +81,7 @@ TYPES = {"fp16": torch.float16, "fp32": torch.float32, "bool": torch.bool, "int8
 
 
 @torch.no_grad()
-def step_by_step(program, inputs, precision="declared", function="main"):
+def step_by_step(program, inputs, precision="declared", function="main", weights=None):
     """Compute the program; yields (operation, output's name, tensor) for one output after the other. See run()."""
     ops, main = operations(program, function), program.functions[function]
     missing = set(main.inputs) - set(inputs)
@@ -94,7 +98,7 @@ def step_by_step(program, inputs, precision="declared", function="main"):
     for i, op in enumerate(ops):
         for value in op.inputs.values():
             last_reader |= {var.name: i for var in (value if isinstance(value, list | tuple) else [value])}
-    values = {name: rounded(inputs[name], var) for name, var in main.inputs.items()}
+    values = {name: rounded(inputs[name], var) for name, var in main.inputs.items()} | (weights or {})
     for i, op in enumerate(ops):
         if op.op_type.startswith("constexpr"):  # compressed weights
             results = [torch.from_numpy(np.ascontiguousarray(op.materialized_val_inference()))]
@@ -113,19 +117,31 @@ def step_by_step(program, inputs, precision="declared", function="main"):
             del values[name]
 
 
-def run(program, inputs, precision="declared", function="main"):
+def run(program, inputs, precision="declared", function="main", weights=None):
     """Compute the program.
 
     Args:
         program: from read_package.
         inputs: {name: tensor} for every input of the function.
         precision: "declared" rounds every output to its declared type, "exact" keeps float32 for all that is a float.
+        weights: {name of a constant: tensor} to compute with, in place of the program's own.
 
     Returns {name: tensor}, the outputs in float32. Raises ValueError for missing inputs or an operation that is not known here.
     """
     operations(program, function)  # says it if there is no such function
     wanted = {var.name for var in program.functions[function].outputs}
-    return {name: value for _, name, value in step_by_step(program, inputs, precision, function) if name in wanted}
+    steps = step_by_step(program, inputs, precision, function, weights)
+    return {name: value for _, name, value in steps if name in wanted}
+
+
+def run_many(program, inputs, precision="declared", function="main", weights=None):
+    """run() for N examples at once: every input has one axis more in front, (N, *its shape), and so has every output.
+
+    The same operations on the same numbers, in another order of summation: a value may round to the other side in float16.
+    """
+    with warnings.catch_warnings():  # attention in one operation is computed one after the other all the same
+        warnings.simplefilter("ignore")
+        return torch.vmap(lambda some: run(program, some, precision, function, weights))(inputs)
 
 
 def argument(value, values):

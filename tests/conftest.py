@@ -22,3 +22,23 @@ def home(tmp_path_factory):
 @pytest.fixture
 def at_home(home, monkeypatch):
     monkeypatch.chdir(home)
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    """A Gemma-2 folder of the public layout, with tiny random weights and the width of the tiny UNet's text."""
+    import torch  # seconds, which most tests need not
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
+
+    words, folder = ["<pad>", "<bos>", "<eos>", "<unk>", "a", "photo", "of", "red", "circle"], tmp_path_factory.mktemp("gemma")
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", unk_token="<unk>",
+                            padding_side="left").save_pretrained(folder)  # fmt: skip
+    torch.manual_seed(0)
+    config = Gemma2Config(vocab_size=len(words), hidden_size=144, intermediate_size=16, num_hidden_layers=2,
+                          num_attention_heads=2, num_key_value_heads=1, head_dim=8)  # fmt: skip
+    Gemma2Model(config).save_pretrained(folder)
+    return folder

@@ -13,8 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import T5Config, T5EncoderModel
 
 import data
 import distill
@@ -30,7 +29,6 @@ from teacher import Teacher
 
 pytestmark = pytest.mark.usefixtures("at_home")
 ROOT = Path(__file__).parent.parent
-WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "a", "photo", "of", "red", "circle"]
 
 
 def picture(i, size=(80, 70), kind="PNG"):
@@ -75,22 +73,6 @@ def tars(tmp_path_factory):
                     info = tarfile.TarInfo(f"{shard:03d}{i:05d}.{ending}")
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory):
-    """A Gemma-2 folder of the public layout, with tiny random weights and the width of the tiny UNet's text."""
-    folder = tmp_path_factory.mktemp("gemma")
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", unk_token="<unk>",
-                            padding_side="left").save_pretrained(folder)  # fmt: skip
-    torch.manual_seed(0)
-    config = Gemma2Config(vocab_size=len(WORDS), hidden_size=144, intermediate_size=16, num_hidden_layers=2,
-                          num_attention_heads=2, num_key_value_heads=1, head_dim=8)  # fmt: skip
-    Gemma2Model(config).save_pretrained(folder)
     return folder
 
 
