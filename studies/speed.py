@@ -117,7 +117,7 @@ def make_stage(stage, model, forward, data, teacher, device, args):
         discriminator, ratio = step_distill.Discriminator(teacher).to(device), Ratio().to(device)
         of_heads = torch.optim.AdamW(discriminator.parameters(), lr=1e-5)
         times = flow.sampling_timesteps(4, 3.0)[:-1]
-    settings = argparse.Namespace(batch=args.batch, seed=0, on_policy=0.5, weighting="scaled")
+    settings = argparse.Namespace(batch=args.batch, seed=0, on_policy=0.5, level_shift=1.0, weighting="scaled")
     batch = noisy_batch(data, 0, 0, args.batch, 1.0)  # once: in training a thread makes them ahead
 
     def finish(step):
