@@ -4,7 +4,9 @@
     unet.mlpackage            the student: latent, t, text, mask -> velocity
     decoder.mlpackage         the tiny decoder: latent -> picture, 0 to 255
     pipeline.json             steps, times, guidance, sizes, tokenizers: all else that an app needs
+    cases.json                prompts with their tokens, times, noise: what an app's own code must agree with (coreml/cases.py)
     verification.json         how far each package is from PyTorch
+    *.lines.json              which line of Python made which operation, for `python -m coreml.advise build/`
 
     python export_coreml.py                                         # runs/step_distill, runs/decoder (or the zoo's) -> build/
     python export_coreml.py --nbits 6 --out build6 --score 10       # 6-bit palettes; mini-GenEval through the packages
@@ -35,9 +37,11 @@ from common.device import describe_machine
 from common.encoders import GEMMA_TOKENS, FrozenAutoencoder, FrozenEncoders
 from common.figures import captioned_grid
 from common.seeds import rng
+from coreml import cases
 from coreml import mil_interpreter as mil
 from coreml.compress import compress
 from coreml.layers import PhoneDecoder, PhoneText, PhoneUNet
+from coreml.lines import beside, lines_of, mark
 from coreml.mil_interpreter import ct  # coremltools, with its warnings about this machine silenced
 from coreml.package import check_company, clear_errors, function_name, join, save_package, settings_of, size_of
 from coreml.pipeline import PARTS, Packages
@@ -237,7 +241,7 @@ def convert(part, precision, args, about):
         return np.float16 if half and name not in part.float32 else np.float32
 
     package = ct.convert(
-        part.captured(),
+        mark(part.captured()),
         minimum_deployment_target=getattr(ct.target, args.target),
         compute_precision=ct.transform.FP16ComputePrecision(lambda op: not feeds_sine(op)) if half else ct.precision.FLOAT32,
         inputs=[ct.TensorType(name, tuple(x.shape), dtype=kind(name, x)) for name, x in part.inputs.items()],
@@ -259,13 +263,14 @@ def export(name, parts, args, about):
     path, reports, start, sizes = args.out / f"{name}.mlpackage", {}, time.time(), list(parts)
     bar = FLOAT16_BAR if args.nbits == 16 and not args.random else None
     with clear_errors(path), tempfile.TemporaryDirectory(dir=args.out, prefix=".") as scratch:
-        halves = {}
+        halves, lines = {}, {}
         for size, part in parts.items():
             exact = Path(scratch) / f"exact{size}.mlpackage"
             convert(part, "float32", args, about).save(str(exact))
             error, _ = check(part, mil.read_package(exact), "exact", show=args.bisect)
             shutil.rmtree(exact)
             package = convert(part, "float16", args, about)
+            lines[function_name(size, sizes)] = lines_of(package)
             halves[size] = Path(scratch) / f"{name}{size}.mlpackage"
             (package if args.nbits == 16 else compress(package, args.nbits)).save(str(halves[size]))
             reports[size] = {"float32_error": error}
@@ -280,7 +285,9 @@ def export(name, parts, args, about):
             mac = on_this_mac(part, candidate, function if len(sizes) > 1 else None, bar)
             operations = len(mil.operations(program, function))
             reports[size] |= {"function": function, "decibels": value, "mac": mac, "operations": operations}
+        beside(path).unlink(missing_ok=True)  # the lines of an older package
         save_package(functools.partial(shutil.copytree, candidate), path)
+        save_json(lines, beside(path))
     for report in reports.values():
         report |= {"bytes": size_of(path), "seconds": round(time.time() - start, 1)}
     return reports
@@ -362,8 +369,11 @@ def main(argv=None):
         report["parts"][name], exported = {"settings": settings, "sizes": reports}, True
         save_json(report | {"machine": about}, record)
     with clear_errors(args.out):
-        for name, tokenizer in zip(pipeline.get("tokenizers", ()), getattr(encoders, "tokenizers", ()), strict=True):
+        tokenizers = dict(zip(pipeline.get("tokenizers", ()), getattr(encoders, "tokenizers", ()), strict=True))
+        for name, tokenizer in tokenizers.items():
             tokenizer.save_pretrained(args.out / name)
+    if tokenizers:
+        cases.write(args.out / "cases.json", tokenizers, encoders.max_tokens)
     save_json(pipeline, args.out / "pipeline.json")
 
     print_table(report, args, about)

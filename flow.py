@@ -66,7 +66,7 @@ def guide(v_text, v_empty, scale):
 
 
 @torch.no_grad()
-def euler_sample(model, noise, text, empty, steps=28, guidance=3.0, shift=1.0, callback=None, times=None, interval=(0, 1)):
+def euler_steps(model, noise, text, empty, steps=28, guidance=3.0, shift=1.0, times=None, interval=(0, 1)):
     """Integrate dx/dt = v_theta from noise (t = 1) to a latent (t = 0) with Euler steps: x_s = x_t + (s - t) v.
 
     Args:
@@ -74,12 +74,11 @@ def euler_sample(model, noise, text, empty, steps=28, guidance=3.0, shift=1.0, c
         noise: (B, C, H, W) ~ N(0, I).
         text, empty: (states (B, T, D), mask (B, T)) of the captions and of the empty caption.
         guidance: 1 costs one forward a step; anything else two, in one batch of 2B.
-        callback: called as callback(i, t, x_t, x0_estimate) before each step.
         times: the times to visit, from 1 to 0, in place of those that steps and shift give.
         interval: guidance counts while t is within it (arXiv 2404.07724); outside, a step costs one forward. Table 1's FID was
             drawn with guidance that varies over the timesteps; how, the paper does not tell.
 
-    Returns the latents (B, C, H, W).
+    Yields (t, x_t, predicted x_0) at each of the steps + 1 times; at the last, t = 0, both latents (B, C, H, W) are what was drawn.
     """
     times = (sampling_timesteps(steps, shift) if times is None else torch.tensor(times)).to(noise.device)
     x, grid = noise, times.tolist()
@@ -90,7 +89,12 @@ def euler_sample(model, noise, text, empty, steps=28, guidance=3.0, shift=1.0, c
         else:
             both = [torch.cat(pair) for pair in zip(text, empty, strict=True)]
             v = guide(*model(torch.cat([x, x]), torch.cat([t, t]), *both).to(x.dtype).chunk(2), guidance)
-        if callback is not None:
-            callback(i, grid[i], x, x0_from_velocity(x, v, t))
+        yield grid[i], x, x0_from_velocity(x, v, t)
         x = x + (times[i + 1] - times[i]) * v
-    return x
+    yield grid[-1], x, x
+
+
+def euler_sample(*args, **kwargs):
+    """euler_steps() to its end: the latents (B, C, H, W)."""
+    *_, (_, latents, _) = euler_steps(*args, **kwargs)
+    return latents

@@ -1,12 +1,15 @@
 """How long a phone takes for the packages of export_coreml.py, and what can be known of that without one.
 
-    python latency.py build/                                        # on a Mac: load and predict times; elsewhere: see below
-    python latency.py build/ --device iphone --team ABCDE12345      # on the iPhone that is plugged into this Mac
+    python latency.py build/ --out mac.json                         # on a Mac: load and predict times; elsewhere: see below
+    python latency.py build/ --device iphone --team ABCDE12345 --out iphone.json     # on the iPhone that is plugged into this Mac
+    python latency.py --compare mac.json iphone.json                # reports side by side, beside the paper's numbers
     python latency.py build/ --swift > Latency.swift                # the same measurement inside an app
 
 On a Mac and on an iPhone coremltools times the packages on the device itself: the first load apart (it compiles for the neural
-engine, which can take minutes), later loads, and the median of n predictions after a warm-up, for each compute unit. The phone
-needs a Mac with Xcode, an iPhone with iOS 17.4 or newer in developer mode, and a signing team (--team).
+engine, which can take minutes), later loads, and the median of n predictions after a warm-up, for each compute unit. Core ML also
+tells where it would run each operation, and what falls off the neural engine (coreml/plan.py). The phone needs a Mac with Xcode,
+an iPhone with iOS 17.4 or newer in developer mode, and a signing team (--team). When it goes in the middle, what was measured is
+kept and reported.
 
 Where there is no Core ML, nothing here pretends to be a phone: `latency_ms` is null, and the report tells what the program itself
 says (multiply-accumulates, operations, bytes of weights, peak bytes of activations).
@@ -14,10 +17,11 @@ says (multiply-accumulates, operations, bytes of weights, peak bytes of activati
 
 import asyncio
 import collections
+import contextlib
 import json
-import math
 import platform
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,9 +30,13 @@ import torch
 from common.arguments import Parser, integer, real
 from common.checkpoint import save_json
 from common.device import describe_machine
+from common.encoders import hash_folders
 from coreml import mil_interpreter as mil
+from coreml import phone as phones
+from coreml import plan as plans
 from coreml.costs import activation_bytes, macs
 from coreml.mil_interpreter import ct
+from coreml.phone import LostPhone, watched
 from coreml.pipeline import PARTS
 
 SWIFT = Path(__file__).parent / "coreml" / "swift" / "Latency.swift"
@@ -39,6 +47,7 @@ PAPER = {
     "decoder": "119 (iPhone 16 Pro Max), 174 (iPhone 15 Pro)",
     "text_encoder": "",
 }
+TIMES = ("first_load", "load", "predict")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -49,68 +58,92 @@ def has_core_ml():
     return sys.platform == "darwin"
 
 
-async def find_iphone(args):
-    """The connected iPhone, with coremltools' model runner installed on it."""
-    from coremltools.models.ml_program.experimental import remote_device  # complains where there is no Core ML
+async def time_package(path, unit, phone, args, times):
+    """Fill `times` with milliseconds of one package on one compute unit, one by one, so that they outlive a lost phone.
 
-    # coremltools asks the phone 20 times, twice a second, and gives up; a first load for the neural engine takes minutes.
-    remote_device._DeviceCtlRemoteService.__init__.__defaults__ = (0.5, math.ceil(args.patience / 0.5))
-    try:
-        phones = remote_device.Device.get_connected_devices(remote_device.DeviceType.IPHONE)
-    except Exception as error:  # no Xcode, or one too old
-        raise SystemExit(f"cannot look for an iPhone: {error}. Xcode and its command line tools are needed.") from error
-    if not phones:
-        raise SystemExit("no iPhone is connected: plug one in, unlock it, trust this Mac, and turn developer mode on.")
-    if not args.team:
-        raise SystemExit(
-            "give --team, the ten letters of your Apple development team: the runner on the phone must be signed."
-        )
-    credentials = remote_device.AppSigningCredentials(development_team=args.team, bundle_identifier=args.bundle)
-    try:
-        return await phones[0].prepare_for_model_debugging(credentials=credentials)
-    except Exception as error:
-        raise SystemExit(f"the runner could not be put on {phones[0].name}: {error}") from error
-
-
-async def time_package(path, unit, device, args):
-    """Milliseconds of one package on one compute unit: {"first_load", "load", "predict", "predict_samples"}."""
+    times: {"first_load", "load" and "load_samples", "predict" and "predict_samples"}.
+    """
     from coremltools.models.ml_program.experimental import perf_utils
 
     model = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit[unit], skip_model_load=True)
-    benchmarker = perf_utils.MLModelBenchmarker(model, device=device)
-    loads = await asyncio.wait_for(benchmarker.benchmark_load(iterations=1 + args.loads), args.patience)
-    predictions = await asyncio.wait_for(benchmarker.benchmark_predict(iterations=args.n, warmup=True), args.patience)
-    return {"first_load": loads.samples[0], "load": statistics.median(loads.samples[1:]),
-            "predict": predictions.statistics.median, "predict_samples": predictions.samples}  # fmt: skip
+    benchmarker = perf_utils.MLModelBenchmarker(model, device=phone)
+
+    def keep(name, measurement):
+        times.setdefault(f"{name}_samples", []).extend(measurement.samples)
+        times[name] = statistics.median(times[f"{name}_samples"])
+
+    times["first_load"] = (await watched(benchmarker.benchmark_load(iterations=1), phone, args.patience)).samples[0]
+    for _ in range(args.loads):
+        keep("load", await watched(benchmarker.benchmark_load(iterations=1), phone, args.patience))
+    for i in range(args.n):
+        work = benchmarker.benchmark_predict(iterations=1, warmup=i == 0)
+        keep("predict", await watched(work, phone, args.patience))
 
 
-async def measure(folder, args):
-    """Every part on every compute unit: {"device", "os", "parts": {part: {unit: times}}}. A unit that fails is told, not hidden."""
-    plan = json.loads((folder / "pipeline.json").read_text())
-    if len(plan["latent_sizes"]) > 1:
-        raise SystemExit(
-            f"{folder} has a function for each of several latent sizes, and coremltools times only packages for one: "
-            "export one size for this."
-        )
-    device = await find_iphone(args) if args.device == "iphone" else None
-    mac = {"device": f"this Mac, {platform.machine()}", "os": f"macOS {platform.mac_ver()[0]}"}
-    report = {
-        **(mac if device is None else {"device": device.name, "os": device.os_version}),
-        "nbits": plan["nbits"],
-        "parts": {},
-    }
-    for part in parts_in(folder):
-        report["parts"][part] = {}
-        for name, unit in UNITS.items():
-            print(f"{part} on the {name} (the first load may take minutes)", flush=True)
-            try:
-                times = await time_package(folder / f"{part}.mlpackage", unit, device, args)
-            except TimeoutError:
-                times = {"error": f"nothing came back within {args.patience} s: try --patience"}
-            except Exception as error:  # one unit that cannot run a part says nothing about the others
-                times = {"error": str(error)}
-            report["parts"][part][name] = times
-    return report
+async def measure(folder, args, report):
+    """Every part on every compute unit, into report["parts"][part][unit], and Core ML's plans into report["plans"].
+
+    A unit that fails is told, not hidden, and the others go on. A phone that is gone ends it: report["stopped"] says so.
+    The report is written to --out after every unit.
+    """
+    phone = await phones.find(args) if args.device == "iphone" else None
+    report |= describe_device(phone) | {"parts": {}, "plans": {}, "stopped": None}
+    try:
+        for part in parts_in(folder):
+            report["parts"][part], path = {}, folder / f"{part}.mlpackage"
+            for name, unit in UNITS.items():
+                print(f"{part} on the {name} (the first load may take minutes)", flush=True)
+                times = report["parts"][part][name] = {}
+                with told(times, args):
+                    await time_package(path, unit, phone, args, times)
+                save(report, args)
+            report["plans"][part] = {}
+            with told(report["plans"][part], args):
+                rows = await watched(plans.ask(path, UNITS["neural engine"], phone), phone, args.patience)
+                report["plans"][part] = plans.summary(rows)
+    except LostPhone as error:
+        report["stopped"] = str(error)
+
+
+@contextlib.contextmanager
+def told(entry, args):
+    """What goes wrong with one unit, as entry["error"]: it says nothing about the others. A lost phone does."""
+    try:
+        yield
+    except LostPhone as error:
+        entry["error"] = str(error)
+        raise
+    except TimeoutError:
+        entry["error"] = f"nothing came back within {args.patience:.0f} s: try --patience"
+    except Exception as error:
+        entry["error"] = phones.words(error)
+
+
+def describe_device(phone):
+    """{"device", "os"} of the phone, or of this Mac."""
+    if phone is not None:
+        return {"device": phones.model_of(phone), "os": f"iOS {phone.os_version} ({phone.os_build_number})"}
+    try:
+        asked = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, timeout=10)
+        chip = asked.stdout.strip() if asked.returncode == 0 else ""
+    except (OSError, subprocess.TimeoutExpired):
+        chip = ""
+    return {"device": f"this Mac, {chip or platform.machine()}", "os": f"macOS {platform.mac_ver()[0]}"}
+
+
+def describe_packages(folder, args):
+    """What has to be equal for two reports to be about the same thing: packages, by their hash, and how they were timed."""
+    plan = json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))
+    return {
+        "packages": {part: hash_folders([folder / f"{part}.mlpackage" / "Data"]) for part in parts_in(folder)},
+        "precision": "float16", "nbits": plan["nbits"], "latent_sizes": plan["latent_sizes"], "batch": plan.get("batch"),
+        "steps": plan.get("steps"), "coremltools": ct.__version__, "iterations": {"predict": args.n, "load": args.loads},
+    }  # fmt: skip
+
+
+def save(report, args):
+    if args.out:
+        save_json(report, args.out)
 
 
 def parts_in(folder):
@@ -125,24 +158,69 @@ def function_of(plan, part):
     return "main" if part == "text_encoder" else plan["functions"][str(plan["latent_sizes"][0])]
 
 
-def print_times(report, plan):
-    print(f"\n{report['device']}, {report['os']}, float16, weights of {report['nbits']} bits; milliseconds")
-    print(f"{'part':14}{'unit':15}{'first load':>12}{'load':>9}{'predict':>9}   the paper, a prediction")
+def print_times(report):
+    print(f"\n{title(report)}; milliseconds")
+    print(f"{'part':14}{'unit':15}{'first load':>12}{'load':>10}{'predict':>10}   the paper, a prediction")
     for part, units in report["parts"].items():
         for unit, times in units.items():
-            if "error" in times:
-                print(f"{part:14}{unit:15}{times['error']}")
-            else:
-                print(
-                    f"{part:14}{unit:15}{times['first_load']:12.1f}{times['load']:9.1f}{times['predict']:9.2f}   {PAPER[part]}"
-                )
-    fastest = {part: min((t["predict"] for t in units.values() if "predict" in t), default=None)
+            numbers = "".join(milliseconds(times, name, width) for name, width in zip(TIMES, (12, 10, 10), strict=True))
+            print(f"{part:14}{unit:15}{numbers}   {times.get('error', PAPER[part])}")
+    fastest = {part: min((t["predict"] for t in units.values() if "predict" in t and "error" not in t), default=None)
                for part, units in report["parts"].items()}  # fmt: skip
-    if len(fastest) == len(PARTS) and None not in fastest.values() and "steps" in plan:
-        whole = fastest["text_encoder"] + plan["steps"] * fastest["unet"] + fastest["decoder"]
-        report["picture_ms"] = whole
-        print(f"one picture in {plan['steps']} steps, each part on its fastest unit: {whole:.0f} ms "
+    if len(fastest) == len(PARTS) and None not in fastest.values() and report["steps"]:
+        report["picture_ms"] = fastest["text_encoder"] + report["steps"] * fastest["unet"] + fastest["decoder"]
+        print(f"one picture in {report['steps']} steps, each part on its fastest unit: {report['picture_ms']:.0f} ms "
               "(the paper: 1200 in 4 steps, 2300 in 8)")  # fmt: skip
+    for part, plan in report["plans"].items():
+        if "error" in plan:
+            print(f"\n{part}: Core ML tells no plan: {plan['error']}")
+        elif plan:
+            plans.print_plan(part, plan)
+
+
+def milliseconds(times, name, width):
+    return f"{times[name]:{width}.{2 if name == 'predict' else 1}f}" if name in times else f"{'-':>{width}}"
+
+
+def title(report):
+    sides = " and ".join(f"{side}x{side}" for side in report["latent_sizes"])
+    counts = report["iterations"]
+    return (f"{report['device']}, {report['os']}: {sides} latents, {report['precision']}, weights of {report['nbits']} bits, "
+            f"coremltools {report['coremltools']}, {counts['predict']} predictions, {counts['load']} loads")  # fmt: skip
+
+
+def compare(files):
+    """Reports of `--out`, side by side, beside the paper's numbers; what makes them hard to compare is said."""
+    reports = []
+    for file in files:
+        try:
+            report = json.loads(Path(file).read_text(encoding="utf-8"))
+            title(report), report["parts"].items(), report["packages"].items()
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise SystemExit(f"{file} is no report of times that latency.py --out wrote on a Mac ({error!r}).") from error
+        reports.append(report)
+    letters = [chr(ord("A") + i) for i in range(len(reports))]
+    for letter, file, report in zip(letters, files, reports, strict=True):
+        print(f"{letter}  {file}: {title(report)}" + (f"; not whole: {report['stopped']}" if report.get("stopped") else ""))
+    columns = "".join(f"{letter:>12}" for letter in letters)
+    print(f"\n{'milliseconds':14}{'unit':15}{'':12}{columns}   the paper, a prediction")
+    rows = dict.fromkeys((part, unit) for report in reports for part, units in report["parts"].items() for unit in units)
+    for part, unit in rows:
+        found = [report["parts"].get(part, {}).get(unit, {}) for report in reports]
+        for name in TIMES:
+            if any(name in times for times in found):
+                numbers = "".join(milliseconds(times, name, 12) for times in found)
+                paper = PAPER[part] if name == "predict" else ""
+                print(f"{part:14}{unit:15}{name.replace('_', ' '):12}{numbers}   {paper}".rstrip())
+    print()
+    for part in dict.fromkeys(part for report in reports for part in report["packages"]):
+        if len({report["packages"].get(part) for report in reports}) > 1:
+            print(f"{part}: not the same package ({', '.join(str(report['packages'].get(part)) for report in reports)})")
+    for what in ("latent_sizes", "precision", "nbits", "batch", "coremltools", "iterations"):
+        if len({json.dumps(report.get(what)) for report in reports}) > 1:
+            print(f"{what.replace('_', ' ')}: {', '.join(json.dumps(report.get(what)) for report in reports)}")
+    if any(report["latent_sizes"] != [128] for report in reports):
+        print("the paper's numbers are for 128x128 latents, a UNet of 379 M parameters and a decoder of 1.38 M")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -151,7 +229,7 @@ def print_times(report, plan):
 
 def report_programs(folder):
     """{part: {"macs", "operations", "weight_bytes", "peak_activation_bytes", "latency_ms": None}}, printed as a table."""
-    plan, report = json.loads((folder / "pipeline.json").read_text()), {}
+    plan, report = json.loads((folder / "pipeline.json").read_text(encoding="utf-8")), {}
     print(f"{'part':14}{'GMACs':>9}{'ops':>7}{'weights MB':>12}{'peak activations MB':>21}{'latency ms':>12}")
     for part in parts_in(folder):
         path, function = folder / f"{part}.mlpackage", function_of(plan, part)
@@ -168,37 +246,49 @@ def report_programs(folder):
 
 def parse_arguments(argv=None):
     p = Parser(__doc__, "python latency.py build/")
-    p.add_argument("folder", metavar="DIR", type=Path, help="packages of export_coreml.py, such as build/")
+    p.add_argument("folder", metavar="DIR", type=Path, nargs="?", help="packages of export_coreml.py, such as build/")
     p.add_argument("--device", choices=("mac", "iphone"), default="mac", help="where to time, from a Mac")
+    p.add_argument("--phone", metavar="NAME", help="which iPhone, if several are connected: its name, as Xcode shows it")
     p.add_argument("--team", help="Apple development team that signs the runner, for --device iphone")
     p.add_argument("--bundle", default="org.example.modelrunner", help="bundle identifier of the runner, for --device iphone")
     p.add_argument("--n", type=integer(1), default=20, help="predictions whose median is reported")
     p.add_argument("--loads", type=integer(1), default=3, help="loads after the first whose median is reported")
     p.add_argument("--patience", type=real(above=0), default=1800, metavar="S", help="seconds to wait for an answer of the phone")
     p.add_argument("--swift", action="store_true", help="print a Swift file that measures inside an app")
+    p.add_argument("--compare", nargs="+", metavar="FILE", help="print reports of --out side by side, and measure nothing")
     p.add_argument("--out", metavar="FILE", help="also write the JSON object here")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.folder is None and not args.compare:
+        p.error("the following arguments are required: DIR, or --compare with reports")
+    return args
 
 
 def main(argv=None):
     args = parse_arguments(argv)
+    if args.compare:
+        compare(args.compare)
+        return
     parts = parts_in(args.folder)
     if args.swift:
-        print(SWIFT.read_text().replace('["text_encoder", "unet", "decoder"]', json.dumps(parts)), end="")
+        print(SWIFT.read_text(encoding="utf-8").replace('["text_encoder", "unet", "decoder"]', json.dumps(parts)), end="")
         return
-    report = {"machine": describe_machine(torch.device("cpu"))}
-    plan = json.loads((args.folder / "pipeline.json").read_text())
+    report = {"machine": describe_machine(torch.device("cpu")), **describe_packages(args.folder, args)}
     if has_core_ml():
-        report |= asyncio.run(measure(args.folder, args))
-        print_times(report, plan)
+        if len(report["latent_sizes"]) > 1:
+            raise SystemExit(f"{args.folder} has a function for each of several latent sizes, and coremltools times only packages "
+                             "for one: export one size for this.")  # fmt: skip
+        asyncio.run(measure(args.folder, args, report))
+        print_times(report)
     elif args.device == "iphone":
         raise SystemExit("an iPhone can be timed from a Mac only; without --device iphone this machine tells what it can.")
     else:
         print("A phone cannot be timed on this machine: no Core ML. What the programs themselves say:")
         report["programs"] = report_programs(args.folder)
-    if args.out:
-        save_json(report, args.out)
+    save(report, args)
     print(json.dumps(report))
+    if report.get("stopped"):
+        kept = f"; {args.out} has what was measured before." if args.out else ": what was measured before stands above."
+        raise SystemExit(f"{report['stopped']}{kept}")
 
 
 if __name__ == "__main__":

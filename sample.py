@@ -33,6 +33,26 @@ from common.seeds import rng
 from decoder import load_decoder
 
 
+def denoise(model, config, encoders, prompts, seeds, steps=None, guidance=None, shift=None):
+    """Draw one batch and let the caller look on: yields what flow.euler_steps does. The arguments are draw_pictures()'s."""
+    sampling = config["sampling"]
+    times = sampling.get("times") if steps is None and shift is None else None
+    steps = sampling["steps"] if steps is None else steps
+    guidance = sampling["guidance"] if guidance is None else guidance
+    shift = sampling["shift"] if shift is None else shift
+    device, width, shape = encoders.device, model.cfg.text_dim, (model.cfg.latent_channels, *config["latent_size"])
+    noise = torch.stack([torch.randn(shape, generator=rng(seed)) for seed in seeds]).to(device)
+    text, empty = (encoders.student_text(captions, width) for captions in (prompts, [""] * len(prompts)))
+    interval = sampling.get("guidance_interval", (0, 1))
+    states = flow.euler_steps(model, noise, text, empty, steps, guidance, shift, times, interval)
+    while True:
+        with autocast(device):  # around the step, not the yield: what the caller does in between is not our business
+            state = next(states, None)
+        if state is None:
+            return
+        yield state
+
+
 @torch.no_grad()
 def draw_pictures(model, config, encoders, prompts, seeds, steps=None, guidance=None, shift=None, batch=64, callback=None,
                   decoder=None):  # fmt: skip
@@ -40,23 +60,16 @@ def draw_pictures(model, config, encoders, prompts, seeds, steps=None, guidance=
 
     steps, guidance and shift default to the sampling settings in the student's config, with the very times if it names them
     (stage 3 does) and its interval of guidance; `decoder` (anything with decode_latents, such as decoder.TinyDecoder) to the
-    encoders' own. flow.euler_sample gets the `callback`, for the first `batch` prompts. On a GPU the UNet runs in bfloat16.
+    encoders' own. `callback` is called with each (t, x_t, predicted x_0) of denoise(), for the first `batch` prompts. On a GPU
+    the UNet runs in bfloat16.
     """
-    sampling = config["sampling"]
-    times = sampling.get("times") if steps is None and shift is None else None
-    steps = sampling["steps"] if steps is None else steps
-    guidance = sampling["guidance"] if guidance is None else guidance
-    shift = sampling["shift"] if shift is None else shift
-    device, width, shape = encoders.device, model.cfg.text_dim, (model.cfg.latent_channels, *config["latent_size"])
     pictures = []
     bar = tqdm(range(0, len(prompts), batch), desc="drawing", disable=True if len(prompts) <= batch else None)
     for start in bar:
-        some = prompts[start : start + batch]
-        noise = torch.stack([torch.randn(shape, generator=rng(seed)) for seed in seeds[start : start + batch]]).to(device)
-        text, empty = (encoders.student_text(captions, width) for captions in (some, [""] * len(some)))
-        with autocast(device):
-            latents = flow.euler_sample(model, noise, text, empty, steps, guidance, shift, None if start else callback, times,
-                                        sampling.get("guidance_interval", (0, 1)))  # fmt: skip
+        some = slice(start, start + batch)
+        for t, latents, x0 in denoise(model, config, encoders, prompts[some], seeds[some], steps, guidance, shift):
+            if callback is not None and start == 0:
+                callback(t, latents, x0)
         pictures += decode(decoder or encoders, latents)
     return pictures
 
@@ -167,8 +180,8 @@ def main(argv=None):
     if args.prompts:
         draw_files(model, config, encoders, args, decoder)
         return
-    seen = []  # (t, x_t, predicted x_0) of each step, of the first prompt
-    remember = (lambda i, t, x, x0: seen.append((t, x[:1], x0[:1]))) if args.trajectory else None
+    seen = []  # (t, x_t, predicted x_0) before each step and after the last, of the first prompt
+    remember = (lambda t, x, x0: seen.append((t, x[:1], x0[:1]))) if args.trajectory else None
     everything = [prompt for prompt in prompts for _ in range(args.n)]
     seeds = [args.seed + i % args.n for i in range(len(everything))]
     pictures = draw_pictures(model, config, encoders, everything, seeds, args.steps, args.guidance, args.shift, args.batch,
@@ -179,7 +192,7 @@ def main(argv=None):
         rows = [pictures[i * args.n : (i + 1) * args.n] for i in range(len(prompts))]
         save_atomically(captioned_grid(rows, prompts, scale=2).save, args.out)
     if args.trajectory:
-        save_trajectory(seen, decoder, args.trajectory)
+        save_trajectory(seen[:-1], decoder, args.trajectory)
         print(f"wrote {args.trajectory}")
     print(f"wrote {args.out}")
 

@@ -27,13 +27,14 @@ def macs(op):
     return 0
 
 
+def size(var):
+    """Bytes of a MIL variable, packed."""
+    return int(np.prod(var.shape)) * mil.torch_type(var).itemsize
+
+
 def activation_bytes(program, function="main"):
     """The largest sum of bytes of all values that are alive at once, if each is dropped after its last reader."""
     ops = mil.operations(program, function)
-
-    def size(var):
-        return int(np.prod(var.shape)) * mil.torch_type(var).itemsize
-
     last = {}
     for i, op in enumerate(ops):
         for value in op.inputs.values():

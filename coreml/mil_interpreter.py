@@ -36,6 +36,7 @@ with warnings.catch_warnings():
     import coremltools as ct
     from coremltools.converters.mil.frontend.milproto.load import load as load_program
     from coremltools.converters.mil.mil import types
+    from coremltools.converters.mil.mil.scope import ScopeSource  # noqa: F401  for coreml/lines.py
 
 
 def read_package(path):

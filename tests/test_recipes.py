@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("docs", "course", "recipes")
-PAGES = ["README.md", *(str(p.relative_to(ROOT)) for folder in FOLDERS for p in sorted(ROOT.glob(f"{folder}/*.md")))]
+PAGES = ["README.md", "CONTRIBUTING.md"]
+PAGES += [str(p.relative_to(ROOT)) for folder in FOLDERS for p in sorted(ROOT.glob(f"{folder}/*.md"))]
 
 
 def calls(text):
@@ -39,7 +40,7 @@ def commands(page):
             if called is None:
                 continue
             module, arguments = words[called].removesuffix(".py"), words[called + 1 :]
-        if module in ("pytest", "venv", "pip"):
+        if module in ("pytest", "ruff", "venv", "pip"):
             continue
         yield ("common.shards", arguments[1:]) if module == "data" and arguments[:1] == ["encode"] else (module, arguments)
 

@@ -1,4 +1,4 @@
-"""1e  The commands of the exercise, on 2 cores; the folders hold the runs."""
+"""1e  What we expect of the commands of the exercise. The check believes your logs."""
 
 RUN_A = "runs/1e-a"
 RUN_F = "runs/1e-f"

@@ -1,4 +1,4 @@
-"""2e  64 pictures are learned by heart: the loss on them falls below what any model can reach on new ones."""
+"""2e  What we expect: 64 pictures are learned by heart, and new ones are not. The check believes your logs."""
 
 RUN_FEW = "runs/2e-few"
 RUN_MANY = "runs/2e-many"
