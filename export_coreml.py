@@ -42,7 +42,7 @@ from coreml import mil_interpreter as mil
 from coreml.compress import compress
 from coreml.layers import PhoneDecoder, PhoneText, PhoneUNet
 from coreml.lines import beside, lines_of, mark
-from coreml.mil_interpreter import ct  # coremltools, with its warnings about this machine silenced
+from coreml.mil_interpreter import ct, without_bars  # coremltools, with its warnings about this machine silenced
 from coreml.package import check_company, clear_errors, function_name, join, save_package, settings_of, size_of
 from coreml.pipeline import PARTS, Packages
 from coreml.verify import FLOAT16_BAR, check, on_this_mac
@@ -231,6 +231,7 @@ def feeds_sine(op):
     return passes_on and any(feeds_sine(child) for var in op.outputs for child in var.child_ops)
 
 
+@without_bars()
 def convert(part, precision, args, about):
     """A Core ML model (not saved) of a Part, with every input and output named, typed and described."""
     half = precision == "float16"
@@ -330,7 +331,7 @@ def parse_arguments(argv=None):
     p.add_argument("--latent", type=integer(1), nargs="+", metavar="SIDE", help="sides of the latent; several: a function for each")
     p.add_argument("--batch", type=integer(1, 2), help="2 for guidance; default: what the student needs")
     p.add_argument("--nbits", type=integer(), choices=(16, 8, 6, 4), default=16, help="bits a weight: 8 linear, 6 and 4 palettes")
-    p.add_argument("--layout", choices=("standard", "ane"), default="standard", help="ane: (B, C, 1, S) and 1x1 convolutions")
+    p.add_argument("--layout", choices=("ane", "standard"), default="ane", help="ane: the neural engine's; standard: model.py's")
     p.add_argument("--target", choices=("iOS18", "iOS17"), default="iOS18", help="the oldest system that has to run it")
     # checks
     p.add_argument("--bisect", action="store_true", help="when a package misses its bar, name the first bad operation")

@@ -14,7 +14,8 @@ commits to the average, which is a blur. Here the student of stage 2 learns to p
 
     L_D    = E[max(0, 1 - D(renoise(x_0)))] + E[max(0, 1 + D(renoise(x0')))] + penalty R1       hinge loss                   [A]
 
-D wants logits above 1 for real latents and below -1 for predicted ones; beyond that it is sure enough, and learns nothing.
+D wants logits above 1 for real latents and below -1 for predicted ones; beyond that it is sure enough, and learns nothing. Heads
+that know nothing yet teach nothing: the weight of L_adv is 0 for the first --ramp steps, and grows over as many more [A].
 It is the frozen teacher, which sees both noised again to one random level with their caption (UFOGen, arXiv 2311.09257), and light
 heads on some of its blocks, all that learns (LADD, 2403.12015) [A]. R1 keeps its slope small, so that its advice stays smooth.
 
@@ -162,7 +163,7 @@ def draw_points(data, args, times, step, rows=slice(None)):
     which = torch.randint(len(times), (args.batch,), generator=g)  # of the start times
     on_policy = ((torch.rand(args.batch, generator=g) < args.on_policy) & (which > 0))[rows]
     t = times[which[rows]]
-    level = flow.logit_normal_timesteps(args.batch, generator=rng(args.seed, step, 3))[rows]
+    level = flow.logit_normal_timesteps(args.batch, args.level_shift, generator=rng(args.seed, step, 3))[rows]
     noise = noise_rows(data.shape, args.batch, args.seed, step, 4, rows=rows)
     x_t, v = flow.interpolate(x_0, eps, t), flow.velocity(x_0, eps)
     return Points(x_t, t, v, ids, *data.text(ids), which[rows], x_0, eps, on_policy, level, noise)
@@ -186,6 +187,11 @@ def walk_on_policy(model, points, times, device, at_once):
                 here = move(take(points, some), device)._replace(x_t=x[some], t=now.to(device).expand(len(some)))
                 x[some] = x[some] + (then - now) * predict(model, here)
     return points._replace(x_t=torch.where(points.on_policy[:, None, None, None].to(device), x, points.x_t.to(device)))
+
+
+def ramp(step, args):
+    """The weight of L_adv at a step: 0 while D's heads begin to learn, then in a straight line to --adv-weight."""
+    return args.adv_weight * min(1.0, max(0.0, step / args.ramp - 1)) if args.ramp else args.adv_weight
 
 
 def distillation_loss(task, kd, t, on_policy, ratio):
@@ -235,9 +241,9 @@ def train(args):
              model=student, ema=ema, discriminator=discriminator, ratio=ratio)  # fmt: skip
     forward, logits, scored, adversarial = run.wrap(student), {}, args.watch and not args.data, "adv" in args.losses
 
-    def renoised(x, part):
+    def renoised(x, part, others=0):
         """What D is asked about. Real and predicted latents get the same noise: nothing else tells them apart."""
-        return flow.interpolate(x, part.noise, part.level), part.level, part.ids
+        return flow.interpolate(x, part.noise, part.level), part.level, part.ids.roll(others)
 
     for step, points in run.steps(lambda step: draw_points(data, args, times, step, run.rows)):
         points = walk_on_policy(student, points, times, run.device, at_once=max(1, len(points.t) // args.accumulate))
@@ -252,6 +258,10 @@ def train(args):
             penalty, on_real = gradient_penalty(discriminator, real)
             on_fake = discriminator.logits(fake)
             loss = hinge(on_real, on_fake)
+            if args.wrong_captions:  # a real latent with the caption of another is as wrong: D must read
+                with torch.no_grad():
+                    wrong = discriminator.features(*renoised(part.x_0, part, others=1))
+                loss = loss + args.wrong_captions * F.relu(1 + discriminator.logits(wrong)).mean()
             run.backward(loss + args.penalty * penalty)
             run.log(d_real=on_real, d_fake=on_fake, loss_d=loss, penalty=penalty)
             logits.update(real=on_real.detach(), fake=on_fake.detach())
@@ -273,7 +283,7 @@ def train(args):
                 run.log(loss_task=task, weights=(~part.on_policy).float())
             if adversarial:  # no hinge here: the student may please D as much as it can
                 loss_adv = -discriminator(*renoised(predicted, part)).mean()
-                loss = loss + args.adv_weight * loss_adv
+                loss = loss + ramp(step, args) * loss_adv
                 run.log(loss_adv=loss_adv)
             run.backward(loss)
             run.log(**collapse_alarm(predicted.detach(), part.x_0))
@@ -315,6 +325,9 @@ def make_parser(doc=__doc__, example="python step_distill.py --init runs/distill
     # losses
     p.add_argument("--losses", choices=("adv", "kd", "adv+kd"), default="adv+kd", help="adversarial, distillation, or both")
     p.add_argument("--adv-weight", type=real(0), default=0.05, help="weight of the adversarial loss beside S(L_task, L_kd)")
+    p.add_argument("--ramp", type=integer(0), default=100, help="steps without L_adv, and as many again in which its weight grows")
+    p.add_argument("--wrong-captions", type=real(0), default=0.0, help="weight of real latents with wrong captions in D's loss")
+    p.add_argument("--level-shift", type=real(0.1), default=1.0, help="shift of the noise level at which D looks")
     p.add_argument("--penalty", type=real(0), default=0.1, help="weight of the gradient penalty (R1) on the heads' inputs")
     p.add_argument("--layers", type=integer(), nargs="+", help="blocks that get a head; default: at 1/4, 1/2, the last")
     p.add_argument("--on-policy", type=real(0, 1), default=0.5, help="share of training points on the student's own way from noise")

@@ -27,13 +27,15 @@ from coreml.pipeline import PARTS
 
 # Apple: Deploying Transformers on the Apple Neural Engine (2022), with its code; Hollemans: what is known about the engine
 ARTICLE = "https://machinelearning.apple.com/research/neural-engine-transformers"
-# rule: (what is found, who says so)
 ANE = "https://github.com/apple/ml-ane-transformers"
 HOLLANCE = "https://github.com/hollance/neural-engine docs/unsupported-layers.md"
 # rule: (what is found, who says so)
 RULES = {
     "rank": ("a tensor of more than five axes, which Core ML does not take",
              'https://github.com/apple/coremltools/issues/2536: "CoreML Framework doesn\'t support tensors with rank > 5"'),
+    "extent": ("an axis longer than the neural engine's compiler takes: 65536 channels, 16384 rows or columns",
+               "https://github.com/pytorch/executorch/issues/7907, where it says so itself: tensor dimensions are not within "
+               "supported range, N[1-65536] D[1-16384] C[1-65536] H[1-16384] W[1-16384]"),
     "gather": ("a look-up by index, which runs on the CPU",
                f"{ANE} README: of 606 operations the four of the embedding look-up run on the CPU; {HOLLANCE}: gather"),
     "integer": ("whole numbers or booleans between floats: off the neural engine and back",
@@ -152,6 +154,14 @@ def rank(graph, limits):
             yield op, size(op.outputs[0]), f"{most} axes"
 
 
+def extent(graph, limits):
+    for op in graph.ops:
+        for var in op.outputs:
+            axes = (1, 1, 1, *var.shape)[-3:]  # channels, rows, columns
+            if any(n > most for n, most in zip(axes, (65536, 16384, 16384), strict=True)):
+                yield op, size(var), shape(var.shape)
+
+
 def gather(graph, limits):
     for op in graph.ops:
         if op.op_type.startswith("gather"):
@@ -247,8 +257,8 @@ def attention(graph, limits):
             yield op, scores, f"scores {shape(axes)}"
 
 
-CHECKS = {"rank": rank, "gather": gather, "integer": integer_islands, "float32": float32_islands, "norm": norm, "linear": linear,
-          "transpose": transpose, "reshapes": reshapes, "padding": padding, "attention": attention}  # fmt: skip
+CHECKS = {"rank": rank, "extent": extent, "gather": gather, "integer": integer_islands, "float32": float32_islands, "norm": norm,
+          "linear": linear, "transpose": transpose, "reshapes": reshapes, "padding": padding, "attention": attention}  # fmt: skip
 
 
 def advise(program, function="main", where=None, scores=SCORES, large=LARGE):

@@ -1,8 +1,9 @@
 """Weights in fewer bits."""
 
-from coreml.mil_interpreter import ct
+from coreml.mil_interpreter import ct, without_bars
 
 
+@without_bars()
 def compress(package, nbits):
     """Weights in fewer bits: 8 as integers with a scale for each channel, 6 and 4 as palettes found by k-means."""
     optimize = ct.optimize.coreml

@@ -19,7 +19,10 @@ engine, which may order and round otherwise: say "interpreted", never "measured 
 """
 
 import collections
+import contextlib
+import io
 import logging
+import sys
 import warnings
 from pathlib import Path
 
@@ -37,6 +40,15 @@ with warnings.catch_warnings():
     from coremltools.converters.mil.frontend.milproto.load import load as load_program
     from coremltools.converters.mil.mil import types
     from coremltools.converters.mil.mil.scope import ScopeSource  # noqa: F401  for coreml/lines.py
+
+
+@contextlib.contextmanager
+def without_bars():
+    """coremltools' progress bars and warnings only where somebody watches: a log file would have a line for each step of a bar."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+            yield
 
 
 def read_package(path):

@@ -1,7 +1,7 @@
 """Stage 3 under the lens: how many steps are enough, what each loss gives, and what it saves.
 
     python -m studies.few_steps --compare assets/zoo/step_distill       # teacher | before: 28, 4 | after: 8, 4, 2, 1 steps; times
-    python -m studies.few_steps --ablate --steps 300 --seeds 2          # adversarial only, distillation only, both
+    python -m studies.few_steps --ablate --steps 300 --seeds 2          # either loss alone, both, and D taught in other ways
 """
 
 import time
@@ -25,8 +25,12 @@ ROWS = {
     "adversarial only": {"losses": "adv"},
     "distillation only": {"losses": "kd"},
     "both": {"losses": "adv+kd"},
+    "both, at once": {"losses": "adv+kd", "ramp": 0},
+    "both, weight 0.3": {"losses": "adv+kd", "adv_weight": 0.3},
+    "and wrong captions": {"losses": "adv+kd", "adv_weight": 0.3, "wrong_captions": 0.5},
+    "and shifted levels": {"losses": "adv+kd", "adv_weight": 0.3, "level_shift": 3.0},
 }
-OWN = ("ablate", "compare", "before", "seeds", "per_family")  # flags that are no part of a training
+OWN = ("ablate", "compare", "before", "rows", "seeds", "per_family")  # flags that are no part of a training
 
 
 @torch.no_grad()
@@ -71,14 +75,14 @@ def compare(args):
 
 def ablate(args):
     """The table: mini-GenEval with 1, 2, 4 and 8 steps of every row; above them the student before."""
-    encoders, results = FrozenEncoders(args.teacher, pick_device(args.device)), {name: [] for name in ROWS}
+    encoders, results = FrozenEncoders(args.teacher, pick_device(args.device)), {}
 
     def measure(model, config, encoders):
         return step_distill.few_step_scores(model, config, encoders, args.per_family, seed=0)
 
     before = score_once(args.init, args.out / f"before-{args.per_family}.json", measure, encoders)
-    for name, out in train_rows(args, ROWS, step_distill.train, OWN):
-        results[name].append(score_once(out, out / f"mini-geneval-{args.per_family}.json", measure, encoders))
+    for name, out in train_rows(args, {name: ROWS[name] for name in args.rows or ROWS}, step_distill.train, OWN):
+        results.setdefault(name, []).append(score_once(out, out / f"mini-geneval-{args.per_family}.json", measure, encoders))
     print(f"\n{describe_rows(args)}, for {args.for_steps} steps, no guidance")
     print(f"{'':20}" + "".join(f"{f'{n} steps':>24}" for n in (1, 2, 4, 8)))
     for name, runs in {f"before: {args.init}"[:19]: [before], **results}.items():
@@ -91,9 +95,10 @@ def ablate(args):
 def parse_arguments(argv=None):
     p = step_distill.make_parser(__doc__, "python -m studies.few_steps --compare assets/zoo/step_distill")
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--ablate", action="store_true", help="train adversarial only, distillation only, both; print the table")
+    what.add_argument("--ablate", action="store_true", help="train with either loss, both, and in other ways; print the table")
     what.add_argument("--compare", metavar="DIR", help="draw this student with 8, 4, 2, 1 steps beside --before and the teacher")
     p.add_argument("--before", metavar="DIR", default="assets/zoo/distill", help="the student of stage 2, for --compare")
+    p.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help="these rows of --ablate alone, by the names it prints")
     p.add_argument("--seeds", type=integer(1), default=3, help="runs a row, for --ablate")
     p.add_argument("--per-family", type=integer(1), default=100, help="mini-GenEval prompts a family, for --ablate")
     p.set_defaults(out=arguments.Path("runs/studies/few_steps"))

@@ -170,6 +170,12 @@ def test_sins_that_coremltools_removes_or_refuses_are_found_in_programs_of_other
     def idle(x):
         return mb.transpose(x=x, perm=[0, 2, 1, 3])
 
+    @mb.program(input_specs=[mb.TensorSpec((1, 16, 1, 16416), dtype=types.fp16)])
+    def wide(x):
+        return mb.silu(x=x)
+
+    (found,) = advise.advise(wide)[0]
+    assert (found.rule, found.note) == ("extent", "1x16x1x16416")
     (found,) = advise.advise(idle)[0]
     assert found.rule == "transpose" and "only axes of 1 move" in found.note
     assert [f.rule for f in advise.advise(rms)[0]] == ["norm", "padding"]

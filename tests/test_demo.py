@@ -118,7 +118,7 @@ def test_what_is_offered_and_what_is_not(tmp_path, monkeypatch, capsys):
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     monkeypatch.chdir(tmp_path)
     found = demo.find_students(["runs/nowhere", "runs/mine"])
-    assert found[:2] == ["runs/nowhere", "runs/mine"] and FM in found and "runs/decoder" not in found
+    assert found[:2] == ["runs/nowhere", "runs/mine"] and found.index(FEW) < found.index(FM) and "runs/decoder" not in found
     own = [folder for folder in found if folder.startswith("runs")]
     shelf = demo.Shelf(own, "cpu")
     assert shelf.sampling == {"runs/mine": {"steps": 9, "guidance": 1.5}}

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -27,20 +28,8 @@ from studies import few_steps
 
 pytestmark = pytest.mark.usefixtures("at_home")
 ROOT = Path(__file__).parent.parent
-SMALL = [
-    "--init",
-    "assets/zoo/fm",
-    "--pictures",
-    "64",
-    "--batch",
-    "4",
-    "--solver-steps",
-    "4",
-    "--watch",
-    "0",
-    "--device",
-    "cpu",
-]
+SMALL = ["--init", "assets/zoo/fm", "--pictures", "64", "--batch", "4", "--solver-steps", "4", "--watch", "0", "--device", "cpu",
+         "--ramp", "0"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +195,32 @@ def test_gradient_penalty_is_the_squared_slope_on_real_features():
     assert torch.allclose(penalty, expected) and torch.allclose(logits, discriminator.logits(features))
     penalty.backward()
     assert all(p.grad is not None for head in discriminator.heads for p in head.parameters() if p.dim() > 1)
+
+
+def test_ramp_lets_the_heads_begin_alone():
+    args = SimpleNamespace(adv_weight=0.4, ramp=50)
+    assert [step_distill.ramp(step, args) for step in (0, 50, 75, 100, 900)] == pytest.approx([0, 0, 0.2, 0.4, 0.4])
+    args.ramp = 0
+    assert step_distill.ramp(0, args) == 0.4
+
+
+def test_wrong_captions_are_real_latents_that_the_heads_learn_to_refuse(home, monkeypatch):
+    calls = []
+
+    class Watched(step_distill.Teacher):
+        def __call__(self, x_t, t, ids, guidance=1.0):
+            calls.append((x_t.detach().clone(), ids.clone()))
+            return super().__call__(x_t, t, ids, guidance)
+
+    monkeypatch.setattr(step_distill, "Teacher", Watched)
+    heads = {}
+    for weight in ("0", "0.5"):
+        out = home / "runs" / f"wrong-{weight}"
+        step_distill.main([*SMALL, "--steps", "1", "--losses", "adv", "--wrong-captions", weight, "--out", str(out)])
+        heads[weight] = weights(out, "discriminator.")
+    (real, ids), _, (again, others) = calls[-4:-1]
+    assert torch.equal(real, again) and torch.equal(others, ids.roll(1)) and not torch.equal(others, ids)
+    assert not all(torch.equal(heads["0"][name], heads["0.5"][name]) for name in heads["0"])
 
 
 def test_hinge_and_who_wants_what():
@@ -419,17 +434,18 @@ def test_turbo_folder_of_another_shape(tmp_path, home):
 
 
 def test_figures_and_ablation(home, finished, capsys, monkeypatch):
-    monkeypatch.setattr(few_steps, "prompts_of", lambda split, n, seed: prompts_of(split, 1, seed))  # fewer pictures
+    monkeypatch.setattr(few_steps, "prompts_of", lambda split, n, seed: prompts_of(split, 1, seed)[:2])  # fewer pictures
     few_steps.main([*SMALL, "--compare", str(finished), "--before", "assets/zoo/fm", "--out", "runs/figures"])
     assert (home / "runs/figures/compare.png").is_file() and "times as fast" in capsys.readouterr().out
-    arguments = [*SMALL, "--ablate", "--steps", "1", "--seeds", "1", "--per-family", "1", "--out", "runs/ablation"]
+    rows = ["distillation only", "and wrong captions"]
+    arguments = [*SMALL, "--ablate", "--rows", *rows, "--steps", "1", "--seeds", "1", "--per-family", "1", "--out", "runs/ablation"]
     few_steps.main(arguments)
     first = capsys.readouterr().out
-    assert all(name in first for name in few_steps.ROWS) and "before: " in first
+    assert all(name in first for name in rows) and "before: " in first and "both" not in first
     few_steps.main(arguments)  # everything is there: the same table, at once
     assert capsys.readouterr().out.split("8 steps")[1] == first.split("8 steps")[1]
     results = json.loads((home / "runs/ablation/ablation.json").read_text())
-    assert set(results) == set(few_steps.ROWS)
+    assert set(results) == set(rows)
 
 
 def test_bad_input_ends_in_one_sentence(tmp_path):
