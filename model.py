@@ -68,7 +68,7 @@ LADDER = {
 }  # fmt: skip
 
 PRESETS = {
-    "tiny": UNetConfig((32, 96, 160), (1, 1, 1), mid_depth=1, head_dim=32, groups=16, text_dim=160, time_dim=256),
+    "tiny": UNetConfig((64, 96, 160), (1, 1, 1), mid_depth=1, head_dim=32, groups=16, text_dim=160, time_dim=256),
     "imagenet": UNetConfig(),
     "t2i": UNetConfig(text_dim=2304),
 }
