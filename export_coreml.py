@@ -118,11 +118,11 @@ def unet_part(unet, latent, text, mask, batch, layout):
     )  # fmt: skip
 
 
-def decoder_part(decoder, latent):
+def decoder_part(decoder, latent, layout="ane"):
     channels = decoder.cfg.latent_channels
     decoder.to(memory_format=torch.contiguous_format)  # torch's GroupNorm of channels_last loses digits over a million pixels
     return Part(
-        PhoneDecoder(decoder).eval(), lambda latent: (decoder(latent).clamp(-1, 1) + 1) * 127.5,
+        PhoneDecoder(decoder, layout).eval(), lambda latent: (decoder(latent).clamp(-1, 1) + 1) * 127.5,
         {"latent": torch.randn(1, channels, latent, latent, generator=rng(0, latent))}, ("picture",),
         {"latent": f"x_0, (1, {channels}, {latent}, {latent}), as the UNet leaves it",
          "picture": f"red, green and blue from 0 to 255, (1, 3, {8 * latent}, {8 * latent})"},
@@ -165,7 +165,7 @@ def make_parts(args):
     if "unet" in args.parts:
         parts["unet"] = {size: unet_part(unet, size, text, mask, batch, args.layout) for size in sizes}
     if "decoder" in args.parts:
-        parts["decoder"] = {size: decoder_part(decoder, size) for size in sizes}
+        parts["decoder"] = {size: decoder_part(decoder, size, args.layout) for size in sizes}
     pipeline |= {"guidance": sampling["guidance"], "batch": batch, "nbits": args.nbits,
                  "functions": {size: function_name(size, sizes) for size in sizes},
                  "latent_channels": unet.cfg.latent_channels, "latent_sizes": sizes}  # fmt: skip
@@ -307,7 +307,7 @@ def parse_arguments(argv=None):
     bits.add_argument("--nbits", type=integer(), choices=(16, 8, 6, 4), default=16, help="bits a weight: 8 linear, 6, 4 palettes")
     bits.add_argument("--mixed", type=real(LOW, HIGH), metavar="BITS", help="8 bits where 4 cost most: so many on average")
     p.add_argument("--gemma", choices=("none",), help="leave Gemma out of a student that was trained with it")
-    p.add_argument("--layout", choices=("ane", "standard"), default="ane", help="ane: the neural engine's; standard: model.py's")
+    p.add_argument("--layout", choices=("ane", "standard"), default="ane", help="ane: the neural engine's; standard: the scripts'")
     p.add_argument("--target", choices=("iOS18", "iOS17"), default="iOS18", help="the oldest system that has to run it")
     # checks
     p.add_argument("--bisect", action="store_true", help="when a package misses its bar, name the first bad operation")

@@ -282,7 +282,8 @@ OPERATIONS = {
     "concat": concat, "cumsum": cumsum, "tile": lambda x, reps: x.tile(ints(reps)),
     "linear": lambda x, weight, bias=None: F.linear(x, weight, bias), "matmul": matmul, "einsum": einsum, "conv": conv,
     "layer_norm": layer_norm, "batch_norm": batch_norm, "scaled_dot_product_attention": attention, "gather": gather,
-    "upsample_nearest_neighbor": upsample, "equal": lambda x, y: x == y, "less": lambda x, y: x < y,
+    "upsample_nearest_neighbor": upsample, "pixel_shuffle": lambda x, upscale_factor: F.pixel_shuffle(x, int(upscale_factor)),
+    "stack": lambda values, axis: torch.stack(values, int(axis)), "equal": lambda x, y: x == y, "less": lambda x, y: x < y,
     "greater_equal": lambda x, y: x >= y, "select": lambda cond, a, b: torch.where(cond, a, b), "logical_not": lambda x: ~x,
 }  # fmt: skip
 
