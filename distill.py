@@ -87,12 +87,12 @@ class Ratio(nn.Module):
         self.sums.zero_()
 
 
-def scaled(task, kd, t, ratio):
-    """S(L_task, L_kd) for every picture: task, kd, t (B,) -> (B,). `ratio` is Ratio's at t.
+def scaled(task, kd, t, ratio, most=1.0):
+    """S(L_task, L_kd) for every picture: task, kd, t (B,) -> (B,). `ratio` is Ratio's at t; a_t is at most `most`.
 
     The ratio brings the teacher's loss to the size of the task's, whatever units it comes in.
     """
-    a = timestep_weight(t)
+    a = timestep_weight(t).clamp(max=most)
     return a * task + (1 - a) * ratio * kd
 
 

@@ -194,14 +194,14 @@ def ramp(step, args):
     return args.adv_weight * min(1.0, max(0.0, step / args.ramp - 1)) if args.ramp else args.adv_weight
 
 
-def distillation_loss(task, kd, t, on_policy, ratio):
+def distillation_loss(task, kd, t, on_policy, ratio, most=1.0):
     """S(L_task, L_kd) of real points; on policy, where there is no x_0, L_kd alone, brought to L_task's size as S does.
 
     task, kd, t (B,), on_policy (B,) bool -> (B,). `ratio` (B,) is L_task / L_kd of real points at such t: distill.Ratio. At the
     shifted start times of 4 steps, t = 1, 0.9, 0.75, 0.5, a_t is 0, 0.25, 0.73, 1: at the last one real points learn from the data
-    alone, and the target reaches the student on policy and through D.
+    alone, and the target reaches the student on policy and through D, unless `most` says how much of a_t there may be at most.
     """
-    return torch.where(on_policy, ratio * kd, scaled(task, kd, t, ratio))
+    return torch.where(on_policy, ratio * kd, scaled(task, kd, t, ratio, most))
 
 
 def collapse_alarm(predicted, x_0):
@@ -245,6 +245,9 @@ def train(args):
         """What D is asked about. Real and predicted latents get the same noise: nothing else tells them apart."""
         return flow.interpolate(x, part.noise, part.level), part.level, part.ids.roll(others)
 
+    def target(part):
+        return target_velocity(teacher, turbo, part.x_t, times[part.which], part.ids, args, shift)
+
     for step, points in run.steps(lambda step: draw_points(data, args, times, step, run.rows)):
         points = walk_on_policy(student, points, times, run.device, at_once=max(1, len(points.t) // args.accumulate))
 
@@ -253,14 +256,15 @@ def train(args):
         for part in run.parts(points) if adversarial else ():
             with torch.no_grad():
                 predicted = flow.x0_from_velocity(part.x_t, predict(student, part), part.t)
-                real = discriminator.features(*renoised(part.x_0, part))
+                x_0 = part.x_0 if args.real == "data" else flow.x0_from_velocity(part.x_t, target(part), part.t)
+                real = discriminator.features(*renoised(x_0, part))
                 fake = discriminator.features(*renoised(predicted, part))
             penalty, on_real = gradient_penalty(discriminator, real)
             on_fake = discriminator.logits(fake)
             loss = hinge(on_real, on_fake)
             if args.wrong_captions:  # a real latent with the caption of another is as wrong: D must read
                 with torch.no_grad():
-                    wrong = discriminator.features(*renoised(part.x_0, part, others=1))
+                    wrong = discriminator.features(*renoised(x_0, part, others=1))
                 loss = loss + args.wrong_captions * F.relu(1 + discriminator.logits(wrong)).mean()
             run.backward(loss + args.penalty * penalty)
             run.log(d_real=on_real, d_fake=on_fake, loss_d=loss, penalty=penalty)
@@ -274,11 +278,10 @@ def train(args):
             v = predict(forward, part)
             predicted, loss = flow.x0_from_velocity(part.x_t, v, part.t), 0.0
             if "kd" in args.losses:
-                v_teacher = target_velocity(teacher, turbo, part.x_t, times[part.which], part.ids, args, shift)
-                kd = (v - v_teacher).square().mean((1, 2, 3))  # (B,)   || v_T - v_theta ||^2
+                kd = (v - target(part)).square().mean((1, 2, 3))  # (B,)   || v_T - v_theta ||^2
                 task = (v - part.v).square().mean((1, 2, 3))  # (B,)   || (eps - x_0) - v_theta ||^2, of real points
                 ratio.add(task, kd, part.t, ~part.on_policy)
-                loss = distillation_loss(task, kd, part.t, part.on_policy, ratio(part.t)).mean()
+                loss = distillation_loss(task, kd, part.t, part.on_policy, ratio(part.t), args.task_weight).mean()
                 run.log(loss_kd=kd)
                 run.log(loss_task=task, weights=(~part.on_policy).float())
             if adversarial:  # no hinge here: the student may please D as much as it can
@@ -309,7 +312,7 @@ def plot(table, out, logits):
     def same(*names):
         return {name: name for name in names}
 
-    curves(table, out / "gan.png", ("the discriminator: real above predicted, a small gap", same("d_real", "d_fake"), "linear"),
+    curves(table, out / "gan.png", ("D: real above predicted, a small gap", same("d_real", "d_fake"), "linear"),
            ("losses", same("loss_kd", "loss_task", "loss_d", "loss_adv"), "linear"),
            ("collapse alarm: ratios near 1, gap near 0", same("std_ratio_low", "std_ratio_high", "mean_gap"), "linear"),
            ("mini-GenEval of few prompts", {f"{n} steps": f"score_{n}" for n in (1, 2, 4, 8)}, "linear"),
@@ -326,6 +329,8 @@ def make_parser(doc=__doc__, example="python step_distill.py --init runs/distill
     p.add_argument("--losses", choices=("adv", "kd", "adv+kd"), default="adv+kd", help="adversarial, distillation, or both")
     p.add_argument("--adv-weight", type=real(0), default=0.05, help="weight of the adversarial loss beside S(L_task, L_kd)")
     p.add_argument("--ramp", type=integer(0), default=100, help="steps without L_adv, and as many again in which its weight grows")
+    p.add_argument("--task-weight", type=real(0, 1), default=1.0, help="a_t at most: below 1, real points always learn from both")
+    p.add_argument("--real", choices=("data", "teacher"), default="data", help="D's real side: data, or where the target leads")
     p.add_argument("--wrong-captions", type=real(0), default=0.0, help="weight of real latents with wrong captions in D's loss")
     p.add_argument("--level-shift", type=real(0.1), default=1.0, help="shift of the noise level at which D looks")
     p.add_argument("--penalty", type=real(0), default=0.1, help="weight of the gradient penalty (R1) on the heads' inputs")

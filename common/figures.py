@@ -23,9 +23,11 @@ def pyplot():
 def curves(log, path, *panels, histogram=None):
     """One figure with a panel for each of `panels`: (title, {label: column of log.csv}, "linear" or "log").
 
-    Columns that are measured now and then (NaN in between) are drawn as dots. `histogram` is (title, {label: values (N,)}).
+    Columns that are measured now and then (NaN in between) are drawn as dots; a panel of which nothing was measured is left out.
+    `histogram` is (title, {label: values (N,)}).
     """
     plt = pyplot()
+    panels = [p for p in panels if not all(math.isnan(v) for column in p[1].values() for v in log.column(column))] or panels[:1]
     n = len(panels) + (histogram is not None)
     figure, axes = plt.subplots(1, n, figsize=(8, 4.5) if n == 1 else (4.3 * n, 3.8), squeeze=False)
     steps = log.column("step")
@@ -46,7 +48,7 @@ def save_figure(figure, path):
     """Legends, tight borders, written beside and renamed."""
     for axis in figure.axes:
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, framealpha=0.5)
     figure.tight_layout()
     save_atomically(figure.savefig, path)
     pyplot().close(figure)

@@ -27,6 +27,8 @@ ROWS = {
     "both": {"losses": "adv+kd"},
     "both, at once": {"losses": "adv+kd", "ramp": 0},
     "both, weight 0.3": {"losses": "adv+kd", "adv_weight": 0.3},
+    "both, a_t at most 0.5": {"losses": "adv+kd", "task_weight": 0.5},
+    "teacher's as real": {"losses": "adv+kd", "adv_weight": 0.3, "real": "teacher"},
     "and wrong captions": {"losses": "adv+kd", "adv_weight": 0.3, "wrong_captions": 0.5},
     "and shifted levels": {"losses": "adv+kd", "adv_weight": 0.3, "level_shift": 3.0},
 }
@@ -84,10 +86,10 @@ def ablate(args):
     for name, out in train_rows(args, {name: ROWS[name] for name in args.rows or ROWS}, step_distill.train, OWN):
         results.setdefault(name, []).append(score_once(out, out / f"mini-geneval-{args.per_family}.json", measure, encoders))
     print(f"\n{describe_rows(args)}, for {args.for_steps} steps, no guidance")
-    print(f"{'':20}" + "".join(f"{f'{n} steps':>24}" for n in (1, 2, 4, 8)))
-    for name, runs in {f"before: {args.init}"[:19]: [before], **results}.items():
+    print(f"{'':24}" + "".join(f"{f'{n} steps':>24}" for n in (1, 2, 4, 8)))
+    for name, runs in {f"before: {args.init}"[:23]: [before], **results}.items():
         cells = [[run[f"score_{n}"] for run in runs] for n in (1, 2, 4, 8)]
-        print(f"{name:20}" + "".join(f"{f'{np.mean(c):.3f} ({min(c):.3f} to {max(c):.3f})':>24}" for c in cells))
+        print(f"{name:24}" + "".join(f"{f'{np.mean(c):.3f} ({min(c):.3f} to {max(c):.3f})':>24}" for c in cells))
     save_json(results, args.out / "ablation.json")
     print(f"wrote {args.out}/ablation.json")
 

@@ -249,6 +249,28 @@ def test_distillation_loss():
     assert torch.allclose(value[2], 4 * kd[2])
     value.sum().backward()
     assert task.grad[2] == 0 and torch.allclose(kd.grad[2], torch.tensor(4.0)) and (kd.grad[:2] > 0).all()
+    half, capped = torch.full((3,), 0.5), step_distill.distillation_loss(task, kd, torch.full((3,), 0.5), on_policy, ratio, 0.5)
+    assert torch.allclose(step_distill.distillation_loss(task, kd, half, on_policy, ratio)[:2], task[:2])
+    assert torch.allclose(capped, torch.stack([0.5 * task[0] + kd[0], 0.5 * task[1] + 1.5 * kd[1], 4 * kd[2]]))
+
+
+def test_the_real_side_can_be_where_the_target_leads(home, monkeypatch):
+    """Here to latents of 7: noised they lie far above the data's, and the predicted side is what it was."""
+    features, seen = step_distill.Discriminator.features, []
+
+    def watched(self, latents, t, ids):
+        seen.append(latents.detach().clone())
+        return features(self, latents, t, ids)
+
+    monkeypatch.setattr(step_distill.Discriminator, "features", watched)
+    monkeypatch.setattr(step_distill, "target_velocity", lambda teacher, turbo, x_t, t, *_: (x_t - 7) / t.view(-1, 1, 1, 1))
+    for real in ("data", "teacher"):
+        out = home / "runs" / f"real-{real}"
+        step_distill.main([*SMALL, "--steps", "1", "--losses", "adv", "--real", real, "--out", str(out)])
+    (data, fake), (teacher, same) = seen[:2], seen[len(seen) // 2 :][:2]
+    assert torch.equal(fake, same)
+    gap = (teacher - data).mean((1, 2, 3))  # (1 - level) (7 - x_0)
+    assert (gap > 0).all() and gap.mean() > 1
 
 
 def test_neither_side_learns_from_the_others_loss(home):
