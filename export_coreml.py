@@ -49,7 +49,7 @@ from coreml.texts import EXAMPLE, open_encoders, tokens_of
 from coreml.verify import FLOAT16_BAR, check, on_this_mac
 from data import PROMPTS
 from decoder import PRESETS as DECODERS
-from decoder import TinyDecoder, load_decoder
+from decoder import TinyDecoder, Upsample, load_decoder
 from evaluate import prompts_of, score
 from model import PRESETS, UNet
 
@@ -122,7 +122,8 @@ def decoder_part(decoder, latent, layout="ane"):
     channels = decoder.cfg.latent_channels
     decoder.to(memory_format=torch.contiguous_format)  # torch's GroupNorm of channels_last loses digits over a million pixels
     return Part(
-        PhoneDecoder(decoder, layout).eval(), lambda latent: (decoder(latent).clamp(-1, 1) + 1) * 127.5,
+        PhoneDecoder(decoder, Upsample if layout == "ane" else None).eval(),
+        lambda latent: (decoder(latent).clamp(-1, 1) + 1) * 127.5,
         {"latent": torch.randn(1, channels, latent, latent, generator=rng(0, latent))}, ("picture",),
         {"latent": f"x_0, (1, {channels}, {latent}, {latent}), as the UNet leaves it",
          "picture": f"red, green and blue from 0 to 255, (1, 3, {8 * latent}, {8 * latent})"},

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from decoder import Upsample
 from model import Layer, ResBlock, RMSNorm, Transformer2D, rope_table
 
 MASKED = -1e4  # added to the logit of padding; exp() of it is 0 in any precision, and float16 can hold it
@@ -74,13 +73,16 @@ class PhoneUNet(nn.Module):
 
 
 class PhoneDecoder(nn.Module):
-    """The tiny decoder: forward(latent (1, 16, h, w)) -> picture (1, 3, 8h, 8w), from 0 to 255."""
+    """The tiny decoder: forward(latent (1, 16, h, w)) -> picture (1, 3, 8h, 8w), from 0 to 255.
 
-    def __init__(self, decoder, layout="ane"):
+    `upsample` is the class of the upsamplers that become UpsampleLast: decoder.Upsample, or None to leave them.
+    """
+
+    def __init__(self, decoder, upsample=None):
         super().__init__()
         decoder = copy.deepcopy(decoder).eval()
-        if layout == "ane":
-            decoder = replace_modules(decoder, Upsample, UpsampleLast)
+        if upsample is not None:
+            decoder = replace_modules(decoder, upsample, UpsampleLast)
         self.decoder = replace_modules(decoder, nn.GroupNorm, LayerNormGroups)
 
     def forward(self, latent):

@@ -505,6 +505,7 @@ MEASURED = {
                     "runs/studies/losses/task+out+feat-scaled-seed0", "runs/studies/losses/compare.png"),
     "few_steps.png": ("python -m studies.few_steps --compare assets/zoo/step_distill", "runs/studies/few_steps/compare.png"),
     "gan.png": ("python -m assets.make_zoo --only step_distill", "runs/zoo/step_distill/gan.png"),
+    "bits.png": ("python -m studies.bits", "runs/studies/bits/bits.png"),
     "phone.png": ("python export_coreml.py", "build/pictures.png"),
     "demo.png": ("python -m course.demo --screenshot assets/readme/demo.png", "assets/readme/demo.png"),
     "emoji.png": ("python sample.py", "runs/emoji.png"),

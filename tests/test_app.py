@@ -72,7 +72,7 @@ def build(home):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        patch.setattr(export_coreml, "decoder_part", lambda decoder, latent: one)
+        patch.setattr(export_coreml, "decoder_part", lambda decoder, latent, layout: one)
         folders = ["--model", "assets/zoo/step_distill", "--decoder", "assets/zoo/decoder", "--out", "build"]
         export_coreml.main([*folders, "--parts", "decoder"])
     return home / "build"

@@ -143,11 +143,12 @@ def test_teacher_sees_what_diffusers_pipeline_gives_it(tmp_path):
         empty, _ = teacher(x, t, torch.zeros_like(ids))
     assert (velocity - expected).abs().max() < 5e-3  # text states in half precision
     assert torch.allclose(guided, empty + 3 * (velocity - empty), atol=1e-4)
-    assert feature.shape == (2, 128, 4, 4)
+    assert feature.shape == (2, 128, 8, 8)
     # the feature leads to the velocity: norm_out and proj_out are all that comes after it
     net = teacher.net
     temb = net.time_text_embed(1000 * t, teacher.text(ids)[1])
-    patches = net.proj_out(net.norm_out(feature.flatten(2).transpose(1, 2), temb)).view(2, 4, 4, 2, 2, 16)
+    p = teacher.patch
+    patches = net.proj_out(net.norm_out(feature.flatten(2).transpose(1, 2), temb)).view(2, 8 // p, 8 // p, p, p, 16)
     assert torch.allclose(torch.einsum("nhwpqc->nchpwq", patches).reshape(2, 16, 8, 8), velocity, atol=1e-5)
 
 
@@ -293,7 +294,8 @@ def test_every_level_moves_the_student(home):
             safetensors.torch.load_file(out / "train_state" / "state.safetensors")["optimizer.0.0.exp_avg"]
         )
     directions = [F.normalize(gradient.flatten(), dim=0) for gradient in gradients]
-    assert all((a - b).norm() > 1e-3 for i, a in enumerate(directions) for b in directions[:i])
+    # With fixed weights a new projection head hands little of the features' gradient down to the first layer.
+    assert all((a - b).norm() > 1e-4 for i, a in enumerate(directions) for b in directions[:i])
 
 
 def test_figures_and_ablation(home, finished, capsys, monkeypatch):

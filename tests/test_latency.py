@@ -42,7 +42,7 @@ def build(tmp_path_factory):
     """A small decoder's package with the plan that a whole export would leave."""
     out = tmp_path_factory.mktemp("build")
     torch.manual_seed(0)
-    part = export_coreml.decoder_part(TinyDecoder(DECODER).eval(), 8)
+    part = export_coreml.decoder_part(TinyDecoder(DECODER).eval(), 8, "standard")
     export_coreml.export("decoder", {8: part}, export_coreml.parse_arguments(["--out", str(out)]), {"commit": "test"})
     save_json({"latent_sizes": [8], "functions": {"8": "main"}, "nbits": 16, "steps": 4}, out / "pipeline.json")
     return out
