@@ -36,7 +36,7 @@ from common.run import Run, update_ema
 from data import open_data, sample_prompts
 from sample import draw_pictures
 from teacher import Teacher
-from train_fm import make_optimizers, noisy_batch, predict, timestep_shift, validate
+from train_fm import make_optimizers, noisy_batch, predict, sampling_settings, timestep_shift, validate
 
 # ------------------------------------------------------------------------------------------------------------------
 # Timestep-aware scaling: half a page
@@ -147,7 +147,7 @@ def train(args):
     student, ema, encoders = run.student(run.before("fm"))
     data, val = open_data(args, encoders)
     prompts, shift = sample_prompts(args, data), timestep_shift(args)
-    run.config |= {"latent_size": list(data.shape[1:]), "sampling": {"steps": 28, "guidance": 3.0, "shift": shift}}
+    run.config |= {"latent_size": list(data.shape[1:]), "sampling": sampling_settings(args)}
     teacher = projector = feature = None
     if "out" in args.losses:
         layer = "middle" if args.teacher_layer is None else args.teacher_layer

@@ -111,7 +111,7 @@ def train(name, args, data, val, encoders, prompts):
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizers, peak = make_optimizers(model, args.lr, args.optimizer), args.lr
     forward = torch.compile(model) if args.compile else model
-    config = {"latent_size": list(data.shape[1:]), "sampling": {"steps": 28, "guidance": 3.0, "shift": shift}}
+    config = {"latent_size": list(data.shape[1:]), "sampling": {"steps": 28, "guidance": 2.0, "shift": shift}}
     rows, seconds, step, total = [], 0.0, 0, 60 * args.minutes
     bar = tqdm(total=round(total), desc=name, unit=" s", mininterval=1, disable=None)
     while seconds < total:

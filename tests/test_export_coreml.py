@@ -340,7 +340,7 @@ def test_bad_input_ends_in_one_sentence(tmp_path, students, monkeypatch):
     small = ["--model", str(students[0]), "--decoder", str(students[1])]
     for command, words in (
         (["--model", "nowhere"], "is not a student"),
-        (["--model", "assets/zoo/fm", "--batch", "1"], "guidance 3.0.* --batch 2"),
+        (["--model", "assets/zoo/fm", "--batch", "1"], "guidance 2.0.* --batch 2"),
         ([*small, "--teacher", str(toy)], "is a gemma2, and only CLIP"),
         ([*small, "--batch", "2"], "draws without guidance"),
         ([*small, "--latent", "8", "16", "--target", "iOS17"], "needs iOS 18"),
