@@ -159,7 +159,7 @@ def plot(rows, prices, args):
     bits, errors = choose(prices["unet"], average), [100 * price["error"] for price in prices["unet"].values()]
     colors = ["tab:orange" if bits[name] == HIGH else "tab:blue" for name in prices["unet"]]
     axes[2].bar(range(len(errors)), errors, width=1.0, color=colors)
-    axes[2].set(title=f"each weight of the UNet alone in {LOW} bits; orange: has {HIGH} in 'mixed {average:g}'", yscale="log",
+    axes[2].set(title=f"a weight alone in {LOW} bits (orange: {HIGH} in mixed {average:g})", yscale="log",
                 ylabel="error, % of the output's energy", xlabel="weights in the order of the program")  # fmt: skip
     save_figure(figure, args.out / "bits.png")
 
