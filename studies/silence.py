@@ -1,4 +1,4 @@
-"""Which parts of a trained UNet does it use? Each is silenced in turn: what it adds becomes 0, and L_task on validation pictures is measured.
+"""Which parts of a trained UNet does it use? Each is silenced in turn, what it adds becomes 0, and L_task is measured.
 
     python -m studies.silence assets/zoo/fm                  # a line for each part, the most needed first
     python -m studies.silence runs/fm runs/distill --top 10
@@ -33,9 +33,8 @@ def parts(model):
 
 @torch.no_grad()
 def loss_without(model, module, val, shift, device):
-    """L_task on validation pictures (fixed noise and times) while the module's output (any shape) is 0; None: while all is as it was."""
-    handle = nn.Identity().register_forward_hook(lambda *_: None) if module is None else module.register_forward_hook(
-        lambda _, inputs, out: torch.zeros_like(out))  # fmt: skip
+    """L_task on validation pictures (fixed noise and times) while the module's output is 0. None: while all is as it was."""
+    handle = (module or nn.Identity()).register_forward_hook(lambda _, inputs, out: torch.zeros_like(out))
     try:
         return train_fm.validate(model, val, shift, device)
     finally:

@@ -15,8 +15,9 @@ import model
 import train_fm
 from assets import make_zoo
 from common.stopwatch import counting
+from data import Latents
 from model import LADDER, PRESETS, UNet, UNetConfig
-from studies import costs, lab, ladder, peers, speed
+from studies import costs, lab, ladder, peers, silence, speed
 from studies.sizes import count
 
 SMALL = ["--size", "tiny", "--batch", "2", "--tokens", "13", "--device", "cpu", "--rounds", "1"]
@@ -234,3 +235,24 @@ def test_the_recipes_costs_are_what_the_command_prints(capsys):
     assert sizes["latents of 1024 pixels"] == 1e6 * torch.zeros(16, 128, 128).half().nbytes
     assert sizes["CLIP's states"] == 1e6 * torch.zeros(77, 2048).half().nbytes
     assert sizes["Gemma's states"] == 1e6 * torch.zeros(128, 2304).half().nbytes
+
+
+def test_a_silenced_part_is_missed_if_it_says_something():
+    """A part whose last weights are 0 changes nothing, the others do; afterwards the network is what it was."""
+    torch.manual_seed(0)
+    cfg = UNetConfig((32, 64), (1, 1), mid_depth=1, layers=1, head_dim=32, groups=16, text_dim=48, time_dim=64, self_attention=(0, 1))
+    net = UNet(cfg).eval()
+    val = Latents(torch.randn(8, 16, 8, 8), torch.arange(8) % 3, ["", "a", "b"], torch.randn(3, 5, 48), torch.ones(3, 5).bool(),
+                  torch.randn(3, 8))  # fmt: skip
+    device = torch.device("cpu")
+    found = silence.parts(net)
+    kinds = {"ResBlock", "feed-forward", "self-attention", "cross-attention", "what comes up"}
+    assert {kind for kind, _ in found.values()} == kinds
+    dead = ("mid.1.blocks.0.attn1", "mid.2")
+    for module in (found[dead[0]][1].to_out, found[dead[1]][1][-1]):
+        torch.nn.init.zeros_(module.weight)
+        torch.nn.init.zeros_(module.bias)
+    before = silence.loss_without(net, None, val, 1.0, device)
+    changed = {name: abs(silence.loss_without(net, module, val, 1.0, device) - before) for name, (_, module) in found.items()}
+    assert all((change == 0) == (name in dead) for name, change in changed.items())
+    assert silence.loss_without(net, None, val, 1.0, device) == before
