@@ -240,7 +240,7 @@ def test_the_recipes_costs_are_what_the_command_prints(capsys):
 def test_a_silenced_part_is_missed_if_it_says_something():
     """A part whose last weights are 0 changes nothing, the others do; afterwards the network is what it was."""
     torch.manual_seed(0)
-    cfg = UNetConfig((32, 64), (1, 1), mid_depth=1, layers=1, head_dim=32, groups=16, text_dim=48, time_dim=64, self_attention=(0, 1))
+    cfg = UNetConfig((32, 64), (1, 1), mid_depth=1, layers=1, head_dim=32, groups=16, text_dim=48, self_attention=(False, True))
     net = UNet(cfg).eval()
     val = Latents(torch.randn(8, 16, 8, 8), torch.arange(8) % 3, ["", "a", "b"], torch.randn(3, 5, 48), torch.ones(3, 5).bool(),
                   torch.randn(3, 8))  # fmt: skip
