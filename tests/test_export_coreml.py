@@ -203,7 +203,7 @@ def test_time_embedding_stays_in_float32(build):
 
 def decoder_part(latent=8):
     torch.manual_seed(1)
-    net = shaken(TinyDecoder(DecoderConfig(channels=(64, 32, 16, 16), blocks=(1, 1, 1, 1), groups=8)))
+    net = shaken(TinyDecoder(DecoderConfig(channels=(64, 32), blocks=(1, 1), groups=8)))
     return export_coreml.decoder_part(net, latent)
 
 
