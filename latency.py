@@ -197,7 +197,8 @@ def compare(files):
             report = json.loads(Path(file).read_text(encoding="utf-8"))
             title(report), report["parts"].items(), report["packages"].items()
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise SystemExit(f"{file} is no report of times that latency.py --out wrote on a Mac ({error!r}).") from error
+            why = error.strerror if isinstance(error, OSError) else "it has no times: elsewhere there is no Core ML to take them"
+            raise SystemExit(f"{file} is no report of times that latency.py --out wrote on a Mac ({why}).") from error
         reports.append(report)
     letters = [chr(ord("A") + i) for i in range(len(reports))]
     for letter, file, report in zip(letters, files, reports, strict=True):
