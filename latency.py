@@ -197,7 +197,8 @@ def compare(files):
             report = json.loads(Path(file).read_text(encoding="utf-8"))
             title(report), report["parts"].items(), report["packages"].items()
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "it has no times: elsewhere there is no Core ML to take them"
+            why = {OSError: "it cannot be read", ValueError: "it is not JSON"}
+            why = next((words for kind, words in why.items() if isinstance(error, kind)), "it has no times")
             raise SystemExit(f"{file} is no report of times that latency.py --out wrote on a Mac ({why}).") from error
         reports.append(report)
     letters = [chr(ord("A") + i) for i in range(len(reports))]
