@@ -109,7 +109,7 @@ def ablate(args):
     train({name: ROWS[name] for name in args.rows or ROWS})
     if {NONE, FULL} <= results.keys():
         slower = np.median([r["ms_per_step"] for r in results[FULL]]) / np.median([r["ms_per_step"] for r in results[NONE]])
-        train({LONGER: {**ROWS[NONE], "steps": round(args.steps * slower)}})
+        train({LONGER: {**ROWS[NONE], "steps": max(args.steps, round(args.steps * slower))}})
     print(f"\n{describe_rows(args)}")
     print(f"{'':38}{'steps':>7}{'mini-GenEval':>13}{'range':>17}{'val loss':>10}{'ms a step':>11}")
     for name, runs in results.items():
