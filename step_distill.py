@@ -259,12 +259,11 @@ def train(args):
                 x_0 = part.x_0 if args.real == "data" else flow.x0_from_velocity(part.x_t, target(part), part.t)
                 real = discriminator.features(*renoised(x_0, part))
                 fake = discriminator.features(*renoised(predicted, part))
+                wrong = discriminator.features(*renoised(x_0, part, others=1)) if args.wrong_captions else None
             penalty, on_real = gradient_penalty(discriminator, real)
             on_fake = discriminator.logits(fake)
             loss = hinge(on_real, on_fake)
-            if args.wrong_captions:  # a real latent with the caption of another is as wrong: D must read
-                with torch.no_grad():
-                    wrong = discriminator.features(*renoised(x_0, part, others=1))
+            if wrong is not None:  # a real latent with the caption of another is as wrong: D must read
                 loss = loss + args.wrong_captions * F.relu(1 + discriminator.logits(wrong)).mean()
             run.backward(loss + args.penalty * penalty)
             run.log(d_real=on_real, d_fake=on_fake, loss_d=loss, penalty=penalty)
