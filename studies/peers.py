@@ -34,7 +34,7 @@ from data import open_data
 from evaluate import prompts_of, score
 from model import PRESETS, UNet, timestep_embedding
 from sample import draw_pictures
-from train_fm import make_optimizers, noisy_batch, predict, timestep_shift, validate
+from train_fm import make_optimizers, noisy_batch, predict, sampling_settings, timestep_shift, validate
 
 
 class DiffusersUNet(nn.Module):
@@ -111,7 +111,7 @@ def train(name, args, data, val, encoders, prompts):
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizers, peak = make_optimizers(model, args.lr, args.optimizer), args.lr
     forward = torch.compile(model) if args.compile else model
-    config = {"latent_size": list(data.shape[1:]), "sampling": {"steps": 28, "guidance": 2.0, "shift": shift}}
+    config = {"latent_size": list(data.shape[1:]), "sampling": sampling_settings(args)}
     rows, seconds, step, total = [], 0.0, 0, 60 * args.minutes
     bar = tqdm(total=round(total), desc=name, unit=" s", mininterval=1, disable=None)
     while seconds < total:

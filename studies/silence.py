@@ -45,7 +45,9 @@ def measure(folder, args, device):
     """{"val_loss", "parts": {name: {"kind", "parameters", "val_loss"}}} of a student."""
     model, config = load_student(folder, device)
     encoders = FrozenEncoders(args.teacher or config["encoders"], device, gemma=config.get("gemma"))
-    flags = train_fm.parse_arguments(["--pictures", "64", "--teacher", str(args.teacher or config["encoders"])])
+    flags = ["--size", config["size"], "--resolution", str(encoders.factor * config["latent_size"][0]), "--pictures", "64",
+             "--teacher", str(args.teacher or config["encoders"]), *(["--data", args.data] if args.data else [])]  # fmt: skip
+    flags = train_fm.parse_arguments(flags)
     val, shift = open_data(flags, encoders)[1], config["sampling"]["shift"]
     found = {name: {"kind": kind, "parameters": sum(p.numel() for p in model.get_submodule(name).parameters()),
                     "val_loss": loss_without(model, module, val, shift, device)}
@@ -55,8 +57,9 @@ def measure(folder, args, device):
 
 def main(argv=None):
     p = Parser(__doc__, "python -m studies.silence assets/zoo/fm")
-    p.add_argument("students", metavar="DIR", nargs="+", help="folders of students of --size tiny")
+    p.add_argument("students", metavar="DIR", nargs="+", help="folders of students")
     p.add_argument("--teacher", metavar="DIR", help="SD3 folder with the encoders; default: the student's own")
+    p.add_argument("--data", metavar="DIR", help="pictures with captions, or shards, for students of the real sizes")
     p.add_argument("--top", type=integer(1), help="print so many parts only")
     p.add_argument("--out", metavar="FILE", type=Path, help="also write the numbers here, as JSON")
     add_device(p)
