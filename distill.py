@@ -19,9 +19,9 @@ a_t is the density of the logit-normal: the middle of the path learns from the d
 Comparisons, the ablation and Fig. 6 in small: studies/losses.py. Writes runs/distill, as stage 1 does; the projection head phi
 stays in train_state/ and is no part of the student.
 
-Sec. 3.3 was not available to us in the original: [S] and [R] as in the README. Our own assumptions [A]: a_t is 1 at its largest;
-|L^t| is a running mean for each fifth of t; features are those of middle layers, which know where things will be; the teacher's
-are normalised; the shape of phi; the fixed weights of --weighting linear.
+Sec. 3.3 was not available to us in the original: [S] and [R] as in the README. Our own assumptions [A]: a_t is 1 at its largest,
+and the density of times that are not shifted; |L^t| is a running mean for each fifth of t; features are those of middle layers, which
+know where things will be; the teacher's are normalised; the shape of phi; the fixed weights of --weighting linear.
 """
 
 import torch
@@ -154,13 +154,14 @@ def train(args):
         teacher = Teacher(args.teacher, data, run.device, half_transformer(run.device), layers=(layer,))
     if "feat" in args.losses:
         feature, projector = args.student_layer, make_projector(args, student, teacher, data.shape[-1]).to(run.device)
-    learners, ratios = [student, projector] if projector else [student], nn.ModuleDict()
+    ratios = nn.ModuleDict()
     for name in args.losses.split("+")[1:]:
         ratios[name] = Ratio().to(run.device)
-    optimizers = make_optimizers(nn.ModuleList(learners), args.lr, args.optimizer)
+    optimizers = make_optimizers(student, args.lr, args.optimizer)
+    phi_optimizers = make_optimizers(projector, args.lr, args.optimizer) if projector else []
     kept = {"model": student, "ema": ema, "ratios": ratios} | ({"projector": projector} if projector else {})
     parts = [*encoders.parts, "transformer"] if teacher else encoders.parts
-    run.keep(optimizers, {"pictures": data.name, "teacher": encoders.fingerprint(*parts)}, **kept)
+    run.keep([*optimizers, *phi_optimizers], {"pictures": data.name, "teacher": encoders.fingerprint(*parts)}, **kept)
     forward = run.wrap(student)
     if args.compile and teacher:
         teacher.compile()
@@ -182,7 +183,9 @@ def train(args):
             run.backward(loss.mean())
             run.log(loss=loss, **{f"ratio_{name}": ratio(part.t) for name, ratio in ratios.items()})
             run.log(t=part.t, **{f"loss_{name}": value for name, value in losses.items()})
-        run.step(optimizers, *learners)
+        run.step(optimizers, student)
+        if projector:  # by itself: the student's step is not shorter because phi's gradient is long
+            run.step(phi_optimizers, projector, name="grad_norm_phi")
         for ratio in ratios.values():
             ratio.step()
         update_ema(ema, student, step, args.ema)

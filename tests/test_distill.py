@@ -125,6 +125,13 @@ def test_phi_matches_channels_and_grid(side, teacher_side):
 PROMPTS = ["a photo of a red circle", "a photo of two stars"]
 
 
+def test_a_teachers_token_is_normalised_over_its_channels():
+    feature = 100 * torch.randn(2, 48, 3, 4) + 7
+    token = feature[1, :, 2, 3]
+    expected = (token - token.mean()) / token.std(correction=0)
+    assert torch.allclose(distill.normalized(feature)[1, :, 2, 3], expected, atol=1e-4)
+
+
 def test_teacher_sees_what_diffusers_pipeline_gives_it(tmp_path):
     """Velocity with our collapsed text = the transformer with the pipeline's own 280 text tokens."""
     pipe = StableDiffusion3Pipeline.from_pretrained("assets/toy-sd3")
@@ -249,7 +256,8 @@ def test_a_run_leaves_a_student_without_phi(finished):
     ]
     rows = list(csv.DictReader(open(finished / "log.csv")))
     assert [row["step"] for row in rows] == ["2", "4"]
-    for name in ("loss_task", "loss_out", "loss_feat", "ratio_out", "ratio_feat", "cosine", "val_loss", "grad_norm"):
+    losses_of_each_level = [f"{kind}_{level}" for level in ("out", "feat") for kind in ("loss", "ratio")]
+    for name in ("loss_task", *losses_of_each_level, "cosine", "val_loss", "grad_norm", "grad_norm_phi"):
         assert float(rows[-1][name]) > 0, name
     assert {f"loss_{level}_t{t}" for level in ("task", "out", "feat") for t in ("0.0", "0.2", "0.4", "0.6", "0.8")} <= rows[
         0
