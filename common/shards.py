@@ -1,7 +1,7 @@
 """Large data sets: pictures and captions -> shards of latents and text states, encoded once and streamed in training.
 
-A picture of 1024 pixels takes the autoencoder and the text encoders longer than a training step takes the UNet's first stage, and
-is seen many times. So they are run once, here, and training reads what they said:
+To encode a picture and its caption is slow, and training sees each many times. So it is done once, here, and training reads the
+result:
 
     python data.py encode /data/imagenet --out /data/imagenet-256 --resolution 256 --min-side 64 --teacher SD3.5 --crop center
     python data.py encode "/data/t2i/{00000..00999}.tar" --out /data/t2i-1024 --resolution 1024 --teacher SD3.5 --gemma GEMMA
@@ -71,9 +71,6 @@ def fit(picture, args, generator):
     left, top = where if args.crop == "random" else [r // 2 for r in room]
     return picture.crop((left, top, left + side, top + side))
 
-
-# ------------------------------------------------------------------------------------------------------------------
-# Encoding
 
 
 def encode_part(part, number, encoders, args, bar, pool):
@@ -235,7 +232,8 @@ class ShardedLatents:
     through all shards; 0 is the empty caption. Shards of earlier versions, which hold their text themselves, are read as well.
 
     Args:
-        folder: what data.py encode wrote. encoders: the FrozenEncoders of the run, which must be those that encoded it.
+        folder: what data.py encode wrote. encoders: the FrozenEncoders of the run, which must be those that encoded it; None: do
+            not check, for studies.speed.
         held_out: the pictures of the validation set (every 20th; of many pictures some 256) instead of all others.
 
     Raises:
@@ -244,7 +242,7 @@ class ShardedLatents:
 
     streamed, text_dim = True, None  # as of data.Latents
 
-    def __init__(self, folder, encoders, held_out=False):
+    def __init__(self, folder, encoders=None, held_out=False):
         self.folder, self.lock = Path(folder), threading.Lock()
         path = self.folder / "index.json"
         if not path.is_file():
@@ -253,11 +251,11 @@ class ShardedLatents:
             )
         self.index = json.loads(path.read_text())
         used = self.index["settings"]
-        if used["encoders"] != encoders.fingerprint(*encoders.parts):
+        if encoders and used["encoders"] != encoders.fingerprint(*encoders.parts):
             raise SystemExit(
                 f"{folder} was encoded by other encoders than those in {encoders.folder}: give their --teacher."
             )
-        if used["gemma"] != (encoders.gemma and encoders.gemma.fingerprint()):
+        if encoders and used["gemma"] != (encoders.gemma and encoders.gemma.fingerprint()):
             raise SystemExit(
                 f"{folder} was encoded {'with another' if used['gemma'] else 'without'} Gemma: give --gemma as then."
             )
@@ -324,21 +322,23 @@ class ShardedLatents:
         places = [self._find(number, self.first_caption) for number in ids]
         return [self.captions_in(k)[i] for k, i in places]
 
-    def row(self, number):
+    def row(self, number, gemma=True):
         """{name: tensor} of one caption; of Gemma the real tokens alone."""
         k, i = self._find(number, self.first_caption)
         file, ends = self.open_text(k)
         row = {name: file.get_slice(name)[i] for name in ("states", "mask", "pooled")}
+        if not gemma:
+            return row
         if ends is not None:
             row["gemma"] = file.get_slice("gemma")[ends[i - 1] if i else 0 : ends[i]]
         elif self.several_encoders:  # of an earlier version: padded
             row["gemma"] = file.get_slice("gemma")[i][file.get_slice("gemma_mask")[i]]
         return row
 
-    def rows(self, ids):
+    def rows(self, ids, gemma=True):
         """{name: (B, ...)} of the text of captions `ids` (B,): states, mask, pooled [, gemma, gemma_mask]."""
         with self.lock:  # a thread makes the next batches while the teacher asks for this one's text
-            found = [self.row(number) for number in ids.tolist()]
+            found = [self.row(number, gemma) for number in ids.tolist()]
         rows = {name: torch.stack([row[name] for row in found]) for name in ("states", "mask", "pooled")}
         if "gemma" in found[0]:
             lengths, longest = torch.tensor([len(row["gemma"]) for row in found]), self.index["gemma_longest"]
@@ -348,16 +348,18 @@ class ShardedLatents:
         return rows
 
     def text(self, ids):
-        large, giant, gemma = [self.rows(ids)] * 3 if ids.dim() == 1 else map(self.rows, ids.unbind(1))
-        states, mask = giant["states"][:, : self.longest], (large["mask"] | giant["mask"])[:, : self.longest]
-        states[..., : self.first_clip] = large["states"][:, : self.longest, : self.first_clip]
-        if "gemma" in gemma:
-            states, mask = join_text([(states, mask), (gemma["gemma"], gemma["gemma_mask"])])
+        different, where = ids.unique(return_inverse=True)  # each caption is read once, whichever encoders were dropped
+        rows, (large, giant, gemma) = self.rows(different), [where] * 3 if where.dim() == 1 else where.unbind(1)
+        states, mask = rows["states"][giant, : self.longest], (rows["mask"][large] | rows["mask"][giant])[:, : self.longest]
+        states[..., : self.first_clip] = rows["states"][large, : self.longest, : self.first_clip]
+        if "gemma" in rows:
+            states, mask = join_text([(states, mask), (rows["gemma"][gemma], rows["gemma_mask"][gemma])])
         return pad_text(states, self.text_dim or states.shape[-1], self.first_clip), mask
 
     def clip(self, ids):
-        rows = self.rows(ids if ids.dim() == 1 else ids.amax(1))
-        return rows["states"], rows["pooled"]
+        different, where = (ids if ids.dim() == 1 else ids.amax(1)).unique(return_inverse=True)
+        rows = self.rows(different, gemma=False)
+        return rows["states"][where], rows["pooled"][where]
 
 
 def open_shards(folder, encoders):

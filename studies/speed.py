@@ -1,9 +1,11 @@
 """How fast the real sizes train on this device: pictures a second, memory, and the share of the device's peak.
 
-Weights, latents and text are random, since speed does not depend on what they hold; the steps are those of the stages.
+Weights, latents and text are random, since speed does not depend on what they hold; the steps are those of the stages. With --data
+pictures and text are read from shards, ahead of the step as in training: if that is slower than the GPU, it shows here.
 
     python -m studies.speed --size imagenet --batch 64                 # stages 1 to 3
     python -m studies.speed --size t2i --batch 8 --teacher sd3.5-large # with an 8 B teacher in bfloat16 (40 GB of GPU memory)
+    python -m studies.speed --size t2i --batch 256 --data /data/t2i-256 --stages 1    # reading included
     python -m studies.speed --size imagenet --batch 2 --device cpu --stages 1     # minutes, not hours, on a laptop
 
 "Model FLOPs" are counted by torch.utils.flop_counter in one eager step: matrix products, convolutions and attention, forward and
@@ -12,6 +14,7 @@ reaches here in the training's precision, and what the maker says where we know 
 """
 
 import argparse
+import itertools
 import json
 import time
 
@@ -26,7 +29,8 @@ import flow
 import step_distill
 from common.arguments import Parser, add_device, integer
 from common.device import describe_machine, half, move, pick_device
-from common.run import update_ema
+from common.run import ahead, update_ema
+from common.shards import ShardedLatents
 from distill import Projector, Ratio, combine, normalized
 from model import PRESETS, UNet
 from teacher import T5_TOKENS, Teacher, WeightedTextAttention
@@ -78,7 +82,7 @@ class RandomTeacher(Teacher):
 
     The toy's T5 says nothing, as in assets/toy-sd3; the large one's 256 tokens are random."""
 
-    def __init__(self, name, data, device, dtype, layers):
+    def __init__(self, name, data, device, dtype, layers, captions):
         with torch.device("meta"):
             net = SD3Transformer2DModel(
                 sample_size=128, patch_size=2, in_channels=16, pos_embed_max_size=192, **TEACHERS[name]
@@ -91,8 +95,8 @@ class RandomTeacher(Teacher):
         )
         for weight in [*self.net.parameters(), *self.net.buffers()]:
             weight.data.normal_(0, 0.02)
-        self.silent, width = name == "toy", TEACHERS[name]["joint_attention_dim"]
-        self.t5 = lambda captions: data.random(len(captions), T5_TOKENS, width)
+        self.silent, t5 = name == "toy", torch.randn(captions, T5_TOKENS, TEACHERS[name]["joint_attention_dim"]).half()
+        self.t5 = lambda captions: t5[: len(captions)]
         if self.silent:
             self.net.set_attn_processor(WeightedTextAttention(T5_TOKENS))
         n = len(self.net.transformer_blocks)
@@ -118,7 +122,10 @@ def make_stage(stage, model, forward, data, teacher, device, args):
         of_heads = torch.optim.AdamW(discriminator.parameters(), lr=1e-5)
         times = flow.sampling_timesteps(4, 3.0)[:-1]
     settings = argparse.Namespace(batch=args.batch, seed=0, on_policy=0.5, level_shift=1.0, weighting="scaled")
-    batch = noisy_batch(data, 0, 0, args.batch, 1.0)  # once: in training a thread makes them ahead
+    if stage == 3:
+        batches = ahead(lambda i: step_distill.draw_points(data, settings, times, i), itertools.count(), device)
+    else:
+        batches = ahead(lambda i: noisy_batch(data, 0, i, args.batch, 1.0), itertools.count(), device)
 
     def finish(step):
         for optimizer in optimizers:
@@ -127,12 +134,12 @@ def make_stage(stage, model, forward, data, teacher, device, args):
         update_ema(ema, model, step)
 
     def first(step):
-        b = move(batch, device)
+        b = move(next(batches), device)
         (predict(forward, b) - b.v).square().mean().backward()
         finish(step)
 
     def second(step):
-        b = move(batch, device)
+        b = move(next(batches), device)
         predicted, feature = predict(forward, b, layer)
         v_teacher, features = teacher(b.x_t, b.t, b.ids)
         losses = {"task": (predicted - b.v).square().mean((1, 2, 3)), "out": (predicted - v_teacher).square().mean((1, 2, 3)),
@@ -141,8 +148,7 @@ def make_stage(stage, model, forward, data, teacher, device, args):
         finish(step)
 
     def third(step):  # the target is one forward of a few-step teacher, as with SD3.5-Large-Turbo
-        points = step_distill.draw_points(data, settings, times, step)
-        p = move(step_distill.walk_on_policy(model, points, times, device, args.batch), device)
+        p = move(step_distill.walk_on_policy(model, next(batches), times, device, args.batch), device)
 
         def renoised(x):
             return flow.interpolate(x, p.noise, p.level), p.level, p.ids
@@ -208,8 +214,10 @@ def bench_stages(args, device, cfg, side, peak):
     for stage in args.stages:
         for mode in args.modes:
             torch.manual_seed(0)
-            data = RandomLatents(cfg, side, TEACHERS[teacher_name], args.tokens)
-            teacher = RandomTeacher(teacher_name, data, device, half(device), spread(teacher_name)) if stage > 1 else None
+            data = open_latents(args, cfg, side, TEACHERS[teacher_name])
+            teacher = None
+            if stage > 1:
+                teacher = RandomTeacher(teacher_name, data, device, half(device), spread(teacher_name), args.batch + 1)
             model = UNet(cfg).to(device)
             if mode != "eager":
                 model = model.to(memory_format=torch.channels_last)
@@ -235,6 +243,17 @@ def bench_stages(args, device, cfg, side, peak):
     return rows
 
 
+def open_latents(args, cfg, side, teacher):
+    """What the steps read: --data, or random numbers of the same sizes."""
+    if args.data is None:
+        return RandomLatents(cfg, side, teacher, args.tokens)
+    data = ShardedLatents(args.data)
+    data.text_dim = cfg.text_dim
+    if tuple(data.shape) != (cfg.latent_channels, side, side):
+        raise SystemExit(f"{args.data} holds latents of {'x'.join(map(str, data.shape))}, not of --latent {side}.")
+    return data
+
+
 def spread(name):
     n = TEACHERS[name]["num_layers"]
     return n // 4, n // 2, n - 1
@@ -244,6 +263,7 @@ def parse_arguments(argv=None):
     p = Parser(__doc__, "python -m studies.speed --size imagenet --batch 2 --device cpu --stages 1")
     p.add_argument("--size", choices=PRESETS, default="imagenet", help="the UNet")
     p.add_argument("--latent", type=integer(4, multiple=4), help="side of the latent; default: 8, 32 or 128 by --size")
+    p.add_argument("--data", metavar="DIR", help="shards of data.py encode to read from; default: random numbers")
     p.add_argument("--batch", type=integer(1), default=8, help="pictures a step")
     p.add_argument("--tokens", type=integer(1), help="of the student's text; default: 77, for t2i 205, with Gemma's 128")
     p.add_argument("--stages", type=integer(1, 3), nargs="+", default=(1, 2, 3), help="which stages")

@@ -24,6 +24,7 @@ from common import shards, sources
 from common.encoders import FrozenEncoders, pad_text
 from common.pictures import open_picture, to_tensor
 from common.shapes import ShapesWorld
+from studies import speed
 from studies.students import encode_prompts
 from teacher import Teacher
 
@@ -115,6 +116,15 @@ def test_imagenet(encoded, imagenet):
         expected = encoders.encode_pictures(to_tensor([open_picture(path, 64)]))
         assert (latent - expected).abs().max() < 0.02  # half precision
         assert training.caption_of(i) == captions[path.parent.name] == training.captions_of(ids)[0]
+
+
+def test_a_timed_step_reads_the_shards(encoded, capsys):
+    flags = ["--size", "tiny", "--batch", "2", "--rounds", "1", "--device", "cpu", "--modes", "channels_last"]
+    flags += ["--data", str(encoded)]
+    speed.main([*flags, "--stages", "1", "2"])
+    assert capsys.readouterr().out.count("pictures/s") == 2
+    with pytest.raises(SystemExit, match="holds latents of 16x8x8, not of --latent 16"):
+        speed.main([*flags, "--latent", "16"])
 
 
 def test_shards_say_what_latents_in_memory_say(home, tars):

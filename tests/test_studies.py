@@ -29,7 +29,7 @@ def test_a_timed_step_is_a_training_step(stage):
     torch.manual_seed(0)
     device, args = torch.device("cpu"), argparse.Namespace(batch=2)
     data = speed.RandomLatents(PRESETS["tiny"], 8, speed.TEACHERS["toy"], 13)
-    teacher = speed.RandomTeacher("toy", data, device, torch.float32, speed.spread("toy"))
+    teacher = speed.RandomTeacher("toy", data, device, torch.float32, speed.spread("toy"), captions=3)
     model = UNet(PRESETS["tiny"])
     before = {name: w.clone() for name, w in model.state_dict().items()}
     frozen = {name: w.clone() for name, w in teacher.net.state_dict().items()}
