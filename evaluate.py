@@ -243,6 +243,8 @@ def draw_with_diffusers(folder, device, args):
     """diffusers' own StableDiffusion3Pipeline as a function prompts -> pictures: nothing of ours takes part."""
     from diffusers import StableDiffusion3Pipeline  # seconds to import, which no student needs
 
+    if args.shift is not None or args.guidance_interval or args.decoder:
+        raise SystemExit("a diffusers pipeline has its own schedule and decoder: leave out --shift, --guidance-interval, --decoder.")
     try:
         pipe = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32).to(device)
     except Exception as error:  # each library has its own for a damaged file
@@ -266,7 +268,7 @@ def draw_with_diffusers(folder, device, args):
 def draw_with_student(folder, device, args):
     """A student folder as a function prompts -> pictures."""
     model, config = load_student(folder, device)
-    encoders = FrozenEncoders(args.teacher or config["encoders"], device, gemma=config.get("gemma"))
+    encoders = FrozenEncoders.of(config, device, args.teacher)
     check_encoders(config, encoders)
     if args.guidance_interval:
         config["sampling"]["guidance_interval"] = args.guidance_interval

@@ -158,6 +158,10 @@ def main(argv=None):
     prompts = args.text
     if not prompts and not args.prompts:
         raise SystemExit('nothing to draw: give a prompt, such as "a photo of a red circle", or --prompts FILE.')
+    if args.prompts and (prompts or args.trajectory):
+        raise SystemExit("--prompts FILE draws the prompts of the file: leave other prompts and --trajectory out.")
+    if args.npz and not args.prompts:
+        raise SystemExit("--npz is for --prompts FILE: give one, or leave it out.")
     if any(not prompt.strip() for prompt in prompts):
         warnings.warn("an empty prompt draws whatever the model likes best", stacklevel=2)
     args.out = args.out or ("drawn" if args.prompts else "out.png")
@@ -166,7 +170,7 @@ def main(argv=None):
             raise SystemExit(f"cannot tell the kind of picture from {path!r}: end it in .png, .jpg or .gif.")
     device = pick_device(args.device)
     model, config = load_student(args.model, device)
-    encoders = FrozenEncoders(args.teacher or config["encoders"], device, gemma=config.get("gemma"))
+    encoders = FrozenEncoders.of(config, device, args.teacher)
     check_encoders(config, encoders)
     if args.guidance_interval:
         config["sampling"]["guidance_interval"] = args.guidance_interval
@@ -192,7 +196,7 @@ def main(argv=None):
         rows = [pictures[i * args.n : (i + 1) * args.n] for i in range(len(prompts))]
         save_atomically(captioned_grid(rows, prompts, scale=2).save, args.out)
     if args.trajectory:
-        save_trajectory(seen[:-1], decoder, args.trajectory)
+        save_trajectory(seen, decoder, args.trajectory)
         print(f"wrote {args.trajectory}")
     print(f"wrote {args.out}")
 

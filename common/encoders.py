@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, CLIPTextModelWithProjection, CLIPTokeniz
 
 from common import parallel
 from common.checkpoint import save_atomically
+from common.device import half
 
 transformers.utils.logging.disable_progress_bar()  # one bar per network says nothing
 PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -133,6 +134,12 @@ class FrozenEncoders(FrozenAutoencoder):
         self.first_clip = self.text_encoders[0].config.hidden_size
         self.gemma = Gemma(gemma, device, dtype) if gemma else None
 
+    @classmethod
+    def of(cls, config, device, folder=None):
+        """Those of a student's config.json, or of `folder`; at the real sizes in half precision on a GPU, as in training."""
+        dtype = torch.float32 if config.get("size") == "tiny" else half(device)
+        return cls(folder or config["encoders"], device, dtype, config.get("gemma"))
+
     def fingerprint(self, *parts):
         """hash_folders() of these parts; none given: of all parts, and Gemma's hash behind."""
         return super().fingerprint(*parts) + (f"-{self.gemma.fingerprint()}" if self.gemma and not parts else "")
@@ -229,8 +236,11 @@ class T5:
     def __init__(self, folder, device="cpu", dtype=torch.float32):
         self.device, self.silent = device, not (folder / "text_encoder_3").is_dir()
         if not self.silent:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer_3")
-            self.encoder = T5EncoderModel.from_pretrained(folder / "text_encoder_3", dtype=dtype).to(device).eval()
+            try:
+                self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer_3")
+                self.encoder = T5EncoderModel.from_pretrained(folder / "text_encoder_3", dtype=dtype).to(device).eval()
+            except Exception as error:  # each library has its own for a damaged file
+                raise SystemExit(f"cannot read T5 (text_encoder_3, tokenizer_3) in {folder}: {error}") from error
             self.silent = not self(["a photo"]).any()
 
     @torch.no_grad()

@@ -331,7 +331,7 @@ def draw(runs, device):
             model, config = load_student(run.path, device)
             key = config["encoders"], config.get("gemma")
             if key not in encoders:
-                encoders[key] = FrozenEncoders(key[0], device, gemma=key[1])
+                encoders[key] = FrozenEncoders.of(config, device)
             check_encoders(config, encoders[key])
             drawn[run.name] = draw_pictures(model, config, encoders[key], PROMPTS, range(len(PROMPTS)))
         except (SystemExit, RuntimeError, *BROKEN) as error:

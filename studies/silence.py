@@ -44,7 +44,7 @@ def loss_without(model, module, val, shift, device):
 def measure(folder, args, device):
     """{"val_loss", "parts": {name: {"kind", "parameters", "val_loss"}}} of a student."""
     model, config = load_student(folder, device)
-    encoders = FrozenEncoders(args.teacher or config["encoders"], device, gemma=config.get("gemma"))
+    encoders = FrozenEncoders.of(config, device, args.teacher)
     flags = ["--size", config["size"], "--resolution", str(encoders.factor * config["latent_size"][0]), "--pictures", "64",
              "--teacher", str(args.teacher or config["encoders"]), *(["--data", args.data] if args.data else [])]  # fmt: skip
     flags = train_fm.parse_arguments(flags)

@@ -21,7 +21,7 @@ def load_students(folders, args):
     """([(model, config)], encoders) of student folders that were trained with the encoders of --teacher."""
     device = pick_device(args.device)
     students = [load_student(folder, device) for folder in folders]
-    encoders = FrozenEncoders(args.teacher, device, gemma=students[0][1].get("gemma"))
+    encoders = FrozenEncoders.of(students[0][1], device, args.teacher)
     for _, config in students:
         check_encoders(config, encoders)
     return students, encoders

@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import common.encoders
 import evaluate
 import sample
 from common.checkpoint import load_student
@@ -46,6 +49,35 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone():
     assert np.abs(np.asarray(other).astype(int) - np.asarray(alone)).max() > 10
 
 
+@pytest.mark.parametrize(("side", "sizes"), [(8, [64, 6]), (32, [4, 4, 1]), (128, [1, 1, 1])])
+def test_latents_are_decoded_in_parts(side, sizes):
+    """64 pictures of 64 pixels at once, one of 1024; all of them, and in order."""
+    latents, seen = torch.arange(sum(sizes)).view(-1, 1, 1, 1).expand(-1, 16, side, side), []
+
+    def decode_latents(part):
+        seen.append(len(part))
+        return (part[:, :3, :2, :2] / 127.5 - 1).float()
+
+    pictures = sample.decode(SimpleNamespace(decode_latents=decode_latents), latents)
+    assert seen == sizes and [picture.getpixel((0, 0))[0] for picture in pictures] == list(range(sum(sizes)))
+
+
+def test_the_unet_is_asked_in_half_precision_where_training_was(monkeypatch):
+    model, config = load_student("assets/zoo/fm")
+    monkeypatch.setattr(sample, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    kinds = []
+    model.conv_in.register_forward_hook(lambda net, inputs, out: kinds.append(out.dtype))
+    sample.draw_pictures(model, config, FrozenEncoders.of(config, "cpu"), ["a photo of a star"], [0], steps=2)
+    assert kinds == [torch.bfloat16] * 2
+
+
+def test_encoders_of_the_real_sizes_are_in_half_precision_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(common.encoders, "half", lambda device: torch.bfloat16)
+    config = {"encoders": "assets/toy-sd3"}
+    assert FrozenEncoders.of({**config, "size": "tiny"}, "cpu").dtype == torch.float32
+    assert FrozenEncoders.of({**config, "size": "t2i"}, "cpu").dtype == torch.bfloat16
+
+
 def test_a_file_of_prompts_makes_a_folder_that_reads_back(tmp_path):
     (tmp_path / "prompts.txt").write_text("a photo of a star\n\na photo of a red circle\na photo of a star\n")
     sample.main(["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "drawn"), *FEW])
@@ -62,9 +94,9 @@ def test_a_file_of_prompts_makes_a_folder_that_reads_back(tmp_path):
 def test_trajectories(tmp_path):
     out = ["--out", str(tmp_path / "out.png"), *FEW]
     sample.main(["a photo of a star", "--trajectory", str(tmp_path / "path.gif"), *out])
-    assert Image.open(tmp_path / "path.gif").n_frames == 2
+    assert Image.open(tmp_path / "path.gif").n_frames == 3  # before each step, and the picture
     sample.main(["a photo of a star", "--trajectory", str(tmp_path / "path.png"), *out])
-    assert Image.open(tmp_path / "path.png").size[0] >= 2 * 64
+    assert Image.open(tmp_path / "path.png").size[0] >= 3 * 64
 
 
 def test_a_larger_side_than_trained_on(tmp_path):
@@ -74,6 +106,8 @@ def test_a_larger_side_than_trained_on(tmp_path):
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
     ([], "nothing to draw"),
+    (["a star", "--prompts", "file.txt"], "leave other prompts"),
+    (["a star", "--npz", "all.npz"], "--npz is for --prompts"),
     (["a star", "--model", "nowhere"], "nowhere is not a student"),
     (["a star", "--steps", "0"], "--steps must be at least 1"),
     (["a star", "--n", "0"], "--n must be at least 1"),
