@@ -313,7 +313,7 @@ def train(args, cfg=None):
         run.backward(loss)
         run.log(mse=mse, perceptual=distance)
         run.step(decoder_optimizers, decoder)
-        update_ema(ema, decoder, step)
+        update_ema(ema, decoder, step, args.ema)
 
         # The discriminator: real above 1, reconstructed below -1 (hinge loss). Detached: the decoder learns nothing here.
         if adversarial:
@@ -351,6 +351,7 @@ def make_parser(doc=__doc__, example="python decoder.py --steps 1000 --out runs/
     p.add_argument("--steps", type=integer(1), default=4000, help="training steps")
     p.add_argument("--batch", type=integer(1), default=16, help="crops a step, of all GPUs together")
     p.add_argument("--lr", type=real(0), default=2e-3, help="the decoder's after the warm-up; the discriminator's is a tenth")
+    p.add_argument("--ema", type=real(0, 1), default=0.999, help="decay of the averaged weights; 0.9999 for a million steps")
     p.add_argument("--seed", type=integer(0), default=0, help="of weights, pictures and crops")
     p.add_argument("--perceptual", choices=("effnet", "lpips"), default="effnet", help="whose features: see class Perceptual")
     # Weights [A]. MSE counts 1. At the quality of the teacher's decoder, 36 dB, it is 0.001 (the peak is 2) and the perceptual
