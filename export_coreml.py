@@ -11,7 +11,7 @@
     python export_coreml.py                                         # runs/step_distill, runs/decoder (or the zoo's) -> build/
     python export_coreml.py --nbits 6 --out build6 --score 10       # 6-bit palettes; mini-GenEval through the packages
     python export_coreml.py --mixed 5 --out build5                  # 8 bits where 4 would cost most (coreml/compress.py)
-    python export_coreml.py --model assets/zoo/distill --batch 2    # guidance: caption and empty caption in one batch
+    python export_coreml.py --model assets/zoo/distill              # guidance: caption and empty caption in one batch of 2
     python export_coreml.py --random t2i --parts unet decoder --latent 128     # the paper's sizes, random weights
 
 How one part is made: it is wrapped in the form that a phone can take (coreml/layers.py), torch.export captures it at fixed sizes,
@@ -159,7 +159,8 @@ def make_parts(args):
             "latents": "already scaled and shifted: the decoder takes what the UNet leaves",
             "tokenizers": tokenizers, "tokens": getattr(encoders, "max_tokens", mask.shape[1]), "gemma": args.gemma,
         }  # fmt: skip
-    batch = check_sizes(args, unet.cfg, sampling["guidance"], sizes)
+    check_sizes(args, unet.cfg, sizes)
+    batch = 1 if sampling["guidance"] == 1 else 2  # the caption, and the empty caption beside it
     parts = {}
     if "text_encoder" in args.parts:
         parts["text_encoder"] = {0: text_part(encoders, unet.cfg.text_dim)}
@@ -173,20 +174,13 @@ def make_parts(args):
     return parts, pipeline, encoders, functools.partial(real_inputs, unet, pipeline, encoders, PROMPTS, text, mask)
 
 
-def check_sizes(args, cfg, guidance, sizes):
-    """The batch of the UNet's package, 1 or 2. Raises SystemExit for a batch or latent sizes that cannot be."""
-    batch = args.batch or (1 if guidance == 1 else 2)
-    if guidance != 1 and batch == 1:
-        raise SystemExit(f"{args.model} draws with guidance {guidance}, which takes the caption and the empty caption in one "
-                         "batch: give --batch 2, or a student of stage 3 such as assets/zoo/step_distill.")  # fmt: skip
-    if guidance == 1 and batch == 2:
-        raise SystemExit(f"{args.random or args.model} draws without guidance, one forward a step: leave --batch 2 out.")
+def check_sizes(args, cfg, sizes):
+    """Raises SystemExit for latent sizes that cannot be."""
     if len(sizes) > 1 and args.target == "iOS17":
         raise SystemExit("one package for several latent sizes needs iOS 18: leave --target iOS17 out, or export one size.")
     step = 2 ** (len(cfg.channels) - 1)
     if any(size % step for size in sizes):
         raise SystemExit(f"--latent must be multiples of {step}, not {sizes}.")
-    return batch
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -303,7 +297,6 @@ def parse_arguments(argv=None):
     p.add_argument("--random", choices=PRESETS, help="a UNet of this size and its decoder with random weights instead")
     # how
     p.add_argument("--latent", type=integer(1), nargs="+", metavar="SIDE", help="sides of the latent; several: a function for each")
-    p.add_argument("--batch", type=integer(1, 2), help="2 for guidance; default: what the student needs")
     bits = p.add_mutually_exclusive_group()
     bits.add_argument("--nbits", type=integer(), choices=(16, 8, 6, 4), default=16, help="bits a weight: 8 linear, 6, 4 palettes")
     bits.add_argument("--mixed", type=real(LOW, HIGH), metavar="BITS", help="8 bits where 4 cost most: so many on average")
@@ -321,6 +314,8 @@ def parse_arguments(argv=None):
     args.nbits = f"mixed {args.mixed:g}" if args.mixed else args.nbits
     if args.random and args.gemma:
         raise SystemExit("--random has no text encoder: leave --gemma out.")
+    if args.score and (args.random or set(args.parts) != set(PARTS)):
+        raise SystemExit("--score draws with all three packages of a trained student: leave --random and --parts out, or --score.")
     return args
 
 

@@ -21,15 +21,14 @@ def settings_of(name, args, encoders):
     weights = args.random or (hash_folders([folder]) if folder else encoders.fingerprint(*texts))
     if name == "text_encoder" and args.gemma:
         weights += f"-{encoders.gemma.fingerprint()}"
-    return {"weights": weights, **{flag: getattr(args, flag) for flag in ("latent", "batch", "nbits", "layout", "target", "gemma")}}
+    return {"weights": weights, **{flag: getattr(args, flag) for flag in ("latent", "nbits", "layout", "target", "gemma")}}
 
 
 def check_company(name, recorded, settings, args):
     """pipeline.json speaks for all parts in the folder: they must have been exported for the same sizes and student."""
     for other, part in recorded.items():
-        if other != name and any(part["settings"].get(flag) != settings[flag] for flag in ("latent", "batch", "gemma")):
-            raise SystemExit(f"{args.out} holds a {other} for another --latent, --batch or --gemma: give the same, or another "
-                             "--out.")  # fmt: skip
+        if other != name and any(part["settings"].get(flag) != settings[flag] for flag in ("latent", "gemma")):
+            raise SystemExit(f"{args.out} holds a {other} for another --latent or --gemma: give the same, or another --out.")
     theirs = recorded.get("unet", {}).get("settings", {}).get("weights")
     if name != "unet" and not args.random and theirs not in (None, hash_folders([args.model])):
         raise SystemExit(f"{args.out} holds the UNet of another student than {args.model}: give its --model, or another --out.")

@@ -185,8 +185,8 @@ def test_finished_parts_are_kept(build, students, capsys):
         export_coreml.main([*command, "--nbits", "8"])
     with pytest.raises(SystemExit, match="another --latent"):
         export_coreml.main([*command, "--latent", "16", "--force"])
-    with pytest.raises(SystemExit, match="draws with guidance"):
-        export_coreml.main([*command[2:], "--model", "assets/zoo/fm", "--batch", "1", "--force"])
+    with pytest.raises(SystemExit, match="the UNet of another student than assets/zoo/fm"):
+        export_coreml.main([*command[2:], "--model", "assets/zoo/fm", "--force"])
 
 
 def test_time_embedding_stays_in_float32(build):
@@ -340,9 +340,8 @@ def test_bad_input_ends_in_one_sentence(tmp_path, students, monkeypatch):
     small = ["--model", str(students[0]), "--decoder", str(students[1])]
     for command, words in (
         (["--model", "nowhere"], "is not a student"),
-        (["--model", "assets/zoo/fm", "--batch", "1"], "guidance 2.0.* --batch 2"),
         ([*small, "--teacher", str(toy)], "is a gemma2, and only CLIP"),
-        ([*small, "--batch", "2"], "draws without guidance"),
+        ([*small, "--parts", "unet", "--score", "1"], "all three packages"),
         ([*small, "--latent", "8", "16", "--target", "iOS17"], "needs iOS 18"),
         ([*small, "--latent", "7"], "multiples of 2"),
         (["--random", "tiny"], "no text encoder"),
