@@ -239,24 +239,30 @@ def train(args):
     weights |= {"turbo_weights": hash_folders([Path(args.turbo) / "transformer"])} if args.turbo else {}
     run.keep([*student_optimizers, *head_optimizers], {"pictures": data.name, **weights},
              model=student, ema=ema, discriminator=discriminator, ratio=ratio)  # fmt: skip
-    forward, logits, scored, adversarial = run.wrap(student), {}, args.watch and not args.data, "adv" in args.losses
+    forward, scored, adversarial = run.wrap(student), args.watch and not args.data, "adv" in args.losses
+    logits, targets = {}, {}  # D's last answers, for gan.png; what target() said in this step
 
     def renoised(x, part, others=0):
-        """What D is asked about. Real and predicted latents get the same noise: nothing else tells them apart."""
+        """What D is asked about. Real and predicted latents get the same noise: nothing else tells them apart. With others=1 each
+        comes with its neighbor's caption."""
         return flow.interpolate(x, part.noise, part.level), part.level, part.ids.roll(others)
 
-    def target(part):
-        return target_velocity(teacher, turbo, part.x_t, times[part.which], part.ids, args, shift)
+    def target(k, part):
+        """The k-th part's few-step target. Two may ask for it (--real teacher), and it is the dearest of all."""
+        if k not in targets:
+            targets[k] = target_velocity(teacher, turbo, part.x_t, times[part.which], part.ids, args, shift)
+        return targets[k]
 
     for step, points in run.steps(lambda step: draw_points(data, args, times, step, run.rows)):
         points = walk_on_policy(student, points, times, run.device, at_once=max(1, len(points.t) // args.accumulate))
+        targets.clear()
 
         # First D. The student's pictures come without a graph: nothing here may reach the student.
         discriminator.requires_grad_(True)
-        for part in run.parts(points) if adversarial else ():
+        for k, part in enumerate(run.parts(points) if adversarial else ()):
             with torch.no_grad():
-                predicted = flow.x0_from_velocity(part.x_t, predict(student, part), part.t)
-                x_0 = part.x_0 if args.real == "data" else flow.x0_from_velocity(part.x_t, target(part), part.t)
+                predicted = flow.x0_from_velocity(part.x_t, predict(forward, part), part.t)
+                x_0 = part.x_0 if args.real == "data" else flow.x0_from_velocity(part.x_t, target(k, part), part.t)
                 real = discriminator.features(*renoised(x_0, part))
                 fake = discriminator.features(*renoised(predicted, part))
                 wrong = discriminator.features(*renoised(x_0, part, others=1)) if args.wrong_captions else None
@@ -264,7 +270,8 @@ def train(args):
             on_fake = discriminator.logits(fake)
             loss = hinge(on_real, on_fake)
             if wrong is not None:  # a real latent with the caption of another is as wrong: D must read
-                loss = loss + args.wrong_captions * F.relu(1 + discriminator.logits(wrong)).mean()
+                differ = part.ids != part.ids.roll(1)
+                loss = loss + args.wrong_captions * (differ[:, None] * F.relu(1 + discriminator.logits(wrong))).mean()
             run.backward(loss + args.penalty * penalty)
             run.log(d_real=on_real, d_fake=on_fake, loss_d=loss, penalty=penalty)
             logits.update(real=on_real.detach(), fake=on_fake.detach())
@@ -273,11 +280,11 @@ def train(args):
 
         # Then the student, against D as it is now: the gradient runs from the heads through the frozen teacher into x0'.
         discriminator.requires_grad_(False)
-        for part in run.parts(points):
+        for k, part in enumerate(run.parts(points)):
             v = predict(forward, part)
             predicted, loss = flow.x0_from_velocity(part.x_t, v, part.t), 0.0
             if "kd" in args.losses:
-                kd = (v - target(part)).square().mean((1, 2, 3))  # (B,)   || v_T - v_theta ||^2
+                kd = (v - target(k, part)).square().mean((1, 2, 3))  # (B,)   || v_T - v_theta ||^2
                 task = (v - part.v).square().mean((1, 2, 3))  # (B,)   || (eps - x_0) - v_theta ||^2, of real points
                 ratio.add(task, kd, part.t, ~part.on_policy)
                 loss = distillation_loss(task, kd, part.t, part.on_policy, ratio(part.t), args.task_weight).mean()
@@ -311,11 +318,12 @@ def plot(table, out, logits):
     def same(*names):
         return {name: name for name in names}
 
+    last = {name: values[values.isfinite()].cpu() for name, values in logits.items()}
     curves(table, out / "gan.png", ("D: real above predicted, a small gap", same("d_real", "d_fake"), "linear"),
            ("losses", same("loss_kd", "loss_task", "loss_d", "loss_adv"), "linear"),
            ("collapse alarm: ratios near 1, gap near 0", same("std_ratio_low", "std_ratio_high", "mean_gap"), "linear"),
            ("mini-GenEval of few prompts", {f"{n} steps": f"score_{n}" for n in (1, 2, 4, 8)}, "linear"),
-           histogram=("its last logits", {name: values[values.isfinite()].cpu() for name, values in logits.items()}))  # fmt: skip
+           histogram=("its last logits", last) if last else None)  # fmt: skip
 
 
 def make_parser(doc=__doc__, example="python step_distill.py --init runs/distill --steps 600 --out runs/mine"):
@@ -341,7 +349,7 @@ def make_parser(doc=__doc__, example="python step_distill.py --init runs/distill
     arguments.add_training(p, steps=1500, batch=64, lr=3e-4, ema=0.995, seed="seed of heads, noise, timesteps, order of the data")
     p.add_argument("--heads-lr", type=real(0), default=1e-4, help="the heads' learning rate")
     arguments.add_run(p, out="runs/step_distill", save_every=250)
-    p.add_argument("--watch", type=integer(0), default=10, help="prompts a family for the scores in log.csv at each save; 0: none")
+    p.add_argument("--watch", type=integer(0), default=10, help="prompts a family for the scores in log.csv; 0, or --data: none")
     return p
 
 

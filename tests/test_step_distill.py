@@ -340,13 +340,15 @@ def test_a_step_that_overflows_leaves_the_ratio_and_the_weights_alone(monkeypatc
     assert all(torch.isfinite(value).all() for value in weights(Path("runs/overflow"), "").values() if value.is_floating_point())
 
 
-@pytest.mark.parametrize("stage", ["train_fm", "distill", "step_distill"])
-def test_compiled_or_computed_twice_a_step_is_the_same(stage, monkeypatch):
-    """--compile with --checkpointing: one graph of the student, also where a feature is asked for, and the same weights."""
+@pytest.mark.parametrize(("stage", "parts", "how"), [
+    ("train_fm", "2", []), ("distill", "1", ["--checkpointing"]), ("step_distill", "2", ["--checkpointing"]),
+])  # fmt: skip
+def test_compiled_or_computed_twice_a_step_is_the_same(stage, parts, how, monkeypatch):
+    """One graph of the student, also where a feature is asked for or only parts of a batch are seen, and the same weights."""
     compile, own = torch.compile, {"step_distill": SMALL, "distill": [*SMALL[:6], "--device", "cpu"]}
-    flags = [*own.get(stage, SMALL[2:6]), "--steps", "2"]
+    flags, runs = [*own.get(stage, SMALL[2:6]), "--steps", "2", "--accumulate", parts], f"runs/{stage}"
     main = importlib.import_module(stage).main
-    main([*flags, "--out", f"runs/{stage}-eager"])
+    main([*flags, "--out", f"{runs}/eager"])
     graphs = []
 
     def traced(module, example_inputs):
@@ -355,9 +357,9 @@ def test_compiled_or_computed_twice_a_step_is_the_same(stage, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda net, **how: compile(net, backend=traced, fullgraph=isinstance(net, UNet), **how))
     torch.compiler.reset()
-    main([*flags, "--compile", "--checkpointing", "--out", f"runs/{stage}-compiled"])
+    main([*flags, "--compile", *how, "--out", f"{runs}/compiled"])
     assert graphs, "nothing was compiled"
-    one, other = (safetensors.torch.load_file(f"runs/{stage}-{how}/model.safetensors") for how in ("eager", "compiled"))
+    one, other = (safetensors.torch.load_file(f"{runs}/{name}/model.safetensors") for name in ("eager", "compiled"))
     assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
 
 
