@@ -48,15 +48,15 @@ def plot_scaling(args):
     teacher = Teacher(args.teacher, val, device)
     times, rows = torch.linspace(0.025, 0.975, 20), []
     for i, t in enumerate(tqdm(times, desc="measuring", disable=None)):
-        x0, ids = val.pictures(torch.arange(min(64, len(val))))
+        x0, ids = val.pictures(torch.arange(min(args.batch, len(val))))
         t, eps = t.expand(len(x0)), torch.randn(x0.shape, generator=rng(args.seed, i))
         x_t, v, text = flow.interpolate(x0, eps, t).to(device), flow.velocity(x0, eps).to(device), val.text(ids)
         predicted = predict(model, Batch(x_t, t.to(device), v, ids, *(x.to(device) for x in text)))
         task = (predicted - v).square().mean((1, 2, 3))
         out = (predicted - teacher(x_t, t, ids)[0]).square().mean((1, 2, 3))
-        ratio, a = task / out, distill.timestep_weight(t[:1]).item()
-        rows.append([task.mean().item(), out.mean().item(), a * task.mean().item(), (1 - a) * (ratio * out).mean().item(),
-                     (1 - a) * ratio.mean().item()])  # fmt: skip
+        task, out, a = task.mean().item(), out.mean().item(), distill.timestep_weight(t[:1]).item()
+        ratio = task / out  # of the means, as distill.Ratio's
+        rows.append([task, out, a * task, (1 - a) * ratio * out, (1 - a) * ratio])
     task, out, scaled_task, scaled_out, pull = zip(*rows, strict=True)
     figure, axes = pyplot().subplots(1, 4, figsize=(17, 3.8))
     fine = torch.linspace(0, 1, 201)
