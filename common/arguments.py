@@ -151,5 +151,7 @@ def add_sampling(p):
 def by_size(args):
     """Fill in what depends on --size: the optimizer and the resolution."""
     args.optimizer = args.optimizer or ("muon" if args.size == "tiny" else "adamw")
+    if args.resolution not in (None, 64) and not args.data:
+        raise SystemExit(f"the shapes world has pictures of 64 pixels, not {args.resolution}: give --data a folder.")
     args.resolution = args.resolution or RESOLUTIONS[args.size]
     return args

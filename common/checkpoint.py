@@ -54,11 +54,9 @@ def save_json(value, path):
     save_atomically(lambda p: p.write_text(json.dumps(value, indent=2) + "\n"), path)
 
 
-def save_network(folder, model, config, half=False, kind="unet"):
+def save_network(folder, model, config, kind="unet"):
     """Write model.safetensors and config.json. `config` is a dict; the network's shape, model.cfg, is added as `kind`."""
     weights = {name: w.detach().cpu().contiguous() for name, w in model.state_dict().items()}
-    if half:
-        weights = {name: w.half() for name, w in weights.items()}
     save_atomically(lambda p: safetensors.torch.save_file(weights, p), Path(folder) / "model.safetensors")
     save_json({**config, kind: asdict(model.cfg)}, Path(folder) / "config.json")
 
@@ -77,7 +75,9 @@ def load_student(folder, device="cpu"):
     """A student folder -> (UNet in eval mode, float32; its config). Raises SystemExit with one sentence if it cannot."""
 
     def build(config):
-        config["sampling"]["steps"], config["latent_size"], config["encoders"]  # what sampling needs must be there
+        for name in ("encoders", "latent_size", "scaling_factor", "shift_factor"):  # what sampling needs must be there
+            config[name]
+        config["sampling"]["steps"]
         return UNet(UNetConfig(**config["unet"]))
 
     return load_network(

@@ -9,8 +9,8 @@ weights stay equal. Without torchrun there is one rank, and nothing in this file
 
 --batch is the whole batch, whatever the number of ranks. Data, noise and timesteps come from (seed, step) for the whole batch,
 of which a rank takes its rows: N ranks take the steps of one, up to the order in which floats are added, and a run may be
-resumed on another number of ranks. Rank 0 alone writes a run; pictures and shards are written by the rank that made them. All
-machines must see the same folders (--out, --data, runs/cache): what one has written, the others read.
+resumed on another number of ranks. Rank 0 alone writes a run; pictures and shards are written by the rank that made them. --out,
+--data and runs/cache must lie on a file system that all machines share.
 """
 
 import contextlib
@@ -96,10 +96,10 @@ def agree(step):
     return step
 
 
-def wait():
-    """All ranks meet here, for as long as it takes: one of them may have data to encode for hours."""
+def wait(patient=True):
+    """All ranks meet here; patient ones wait for days, since one of them may have data to encode, the others for half an hour."""
     if world() > 1:
-        dist.barrier(PATIENT["group"])
+        dist.barrier(PATIENT["group"]) if patient else total(torch.zeros(1))
 
 
 def launch(main):

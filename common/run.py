@@ -28,7 +28,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import parallel
-from common.arguments import PRESETS
 from common.checkpoint import (
     check_encoders,
     latest,
@@ -42,7 +41,7 @@ from common.checkpoint import (
 from common.device import describe_machine, half, move, pick_device, take
 from common.encoders import FrozenEncoders
 from common.figures import stack
-from model import UNet, ladder
+from model import PRESETS, UNet, ladder
 
 BINS = 5  # of t: a loss is logged for each fifth of (0, 1), since the average alone goes flat early and says little
 # flags that may change on a resume:
@@ -94,7 +93,8 @@ class Run:
         if init:
             start, trained = load_student(init)
             if start.cfg != cfg:
-                raise SystemExit(f"{init} is not of --size {args.size}: give the size it was trained with.")
+                raise SystemExit(f"{init} is not of --size {args.size}: give the size it was trained with. (A student of another "
+                                 "--ladder step than f goes no further than stage 1.)")  # fmt: skip
             model.load_state_dict(start.state_dict())
         gemma = getattr(args, "gemma", None) or trained.get("gemma")
         encoders = FrozenEncoders(args.teacher, self.device, torch.float32 if args.size == "tiny" else self.half, gemma)
@@ -151,7 +151,7 @@ class Run:
             if (step + 1) % self.every == 0 and self.last_row <= step:
                 self.row()
         self.bar.close()
-        parallel.wait()
+        parallel.wait(patient=False)
         if self.main:
             files = sorted(p.name for p in self.out.iterdir() if not p.name.startswith("."))
             print(f"{self.out}: {', '.join(files)}")
@@ -252,7 +252,7 @@ class Run:
         self.row(measure)
         if self.main:
             self.write(ema, samples, plot, kind)
-        parallel.wait()
+        parallel.wait(patient=False)
         self.clock = time.perf_counter()
 
     def write(self, ema, samples, plot, kind):

@@ -11,7 +11,7 @@ import torch
 
 
 def rng(*key):
-    """A torch.Generator seeded by integers such as (seed, step, rank): the same key, the same random numbers."""
+    """A torch.Generator seeded by integers such as (seed, step, row): the same key, the same random numbers."""
     digest = hashlib.sha256(repr(tuple(int(k) for k in key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
 
