@@ -31,7 +31,7 @@ demo: .venv/installed
 	$(PY) evaluate.py runs/demo/fm --no-novel --per-family 50 --out runs/demo/fm-score
 	$(PY) distill.py --init runs/demo/fm --steps 100 --pictures 10000 --save-every 50 --out runs/demo/distill
 	$(PY) -m studies.losses --compare assets/zoo/fm assets/zoo/distill --out runs/demo/students
-	$(PY) step_distill.py --init assets/zoo/distill --steps 30 --pictures 10000 --save-every 15 --watch 5 --out runs/demo/step_distill
+	$(PY) step_distill.py --init assets/zoo/distill --steps 30 --pictures 10000 --save-every 15 --watch 5 --ramp 0 --out runs/demo/step_distill
 	$(PY) -m studies.few_steps --compare assets/zoo/step_distill --out runs/demo/few-steps
 	$(PY) evaluate.py assets/zoo/step_distill --no-novel --per-family 50 --out runs/demo/few-steps-score
 	$(PY) export_coreml.py --model assets/zoo/step_distill --decoder assets/zoo/decoder --out runs/demo/build

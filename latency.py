@@ -8,8 +8,8 @@
 On a Mac and on an iPhone coremltools times the packages on the device itself: the first load apart (it compiles for the neural
 engine, which can take minutes), later loads, and the median of n predictions after a warm-up, for each compute unit. Core ML also
 tells where it would run each operation, and what falls off the neural engine (coreml/plan.py). The phone needs a Mac with Xcode,
-an iPhone with iOS 17.4 or newer in developer mode, and a signing team (--team). When it goes in the middle, what was measured is
-kept and reported.
+an iPhone with iOS 18 or newer (17.4 for packages of --target iOS17) in developer mode, and a signing team (--team). When it goes in
+the middle, what was measured is kept and reported.
 
 Where there is no Core ML, nothing here pretends to be a phone: `latency_ms` is null, and the report tells what the program itself
 says (multiply-accumulates, operations, bytes of weights, peak bytes of activations).

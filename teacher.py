@@ -1,7 +1,7 @@
 """The frozen teacher: the transformer (MMDiT) of a Stable Diffusion 3 folder, its text, and its inner features.
 
-Stage 2 learns from its velocity and its last block, the discriminator of stage 3 looks through several. `assets/toy-sd3` and a
-folder of stable-diffusion-3.5-large are read by the same lines. Its conventions, beside ours:
+Stage 2 learns from its velocity and the features of a middle block, the discriminator of stage 3 looks through several.
+`assets/toy-sd3` and a folder of stable-diffusion-3.5-large are read by the same lines. Its conventions, beside ours:
 
     time    diffusers counts the t of flow.py from 0 to 1000
     text    both CLIPs' token states side by side, padded with zeros to T5's width, then 256 tokens of T5; the pooled states
