@@ -20,8 +20,8 @@ Comparisons, the ablation and Fig. 6 in small: studies/losses.py. Writes runs/di
 stays in train_state/ and is no part of the student.
 
 Sec. 3.3 was not available to us in the original: [S] and [R] as in the README. Our own assumptions [A]: a_t is 1 at its largest,
-and the density of times that are not shifted; |L^t| is a running mean for each fifth of t; features are those of middle layers, which
-know where things will be; the teacher's are normalised; the shape of phi; the fixed weights of --weighting linear.
+and the density of unshifted times; |L^t| is a running mean for each fifth of t; features are those of middle layers, which know
+where things will be; the teacher's are normalised; the shape of phi; the fixed weights of --weighting linear.
 """
 
 import torch

@@ -244,7 +244,7 @@ def draw_with_diffusers(folder, device, args):
     from diffusers import StableDiffusion3Pipeline  # seconds to import, which no student needs
 
     if args.shift is not None or args.guidance_interval or args.decoder:
-        raise SystemExit("a diffusers pipeline has its own schedule and decoder: leave out --shift, --guidance-interval, --decoder.")
+        raise SystemExit("a diffusers pipeline has a schedule and a decoder: leave out --shift, --guidance-interval, --decoder.")
     try:
         pipe = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32).to(device)
     except Exception as error:  # each library has its own for a damaged file

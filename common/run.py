@@ -43,6 +43,7 @@ from common.encoders import FrozenEncoders
 from common.figures import stack
 from model import PRESETS, UNet, ladder
 
+AHEAD = 3  # batches that are made while the GPU works on one, each by a thread
 BINS = 5  # of t: a loss is logged for each fifth of (0, 1), since the average alone goes flat early and says little
 # flags that may change on a resume:
 FREE = {"out", "resume", "device", "compile", "save_every", "accumulate", "checkpointing", "watch", "workers"}
@@ -137,7 +138,7 @@ class Run:
     # ---- the loop
 
     def steps(self, make=None):
-        """(step, make(step)) for every step that is left. On a GPU a thread makes the next batches while one is worked on."""
+        """(step, make(step)) for every step that is left. On a GPU threads make the next batches while one is worked on."""
         numbers = range(self.start, self.args.steps)
         self.bar = tqdm(total=self.args.steps, initial=self.start, desc=self.stage, mininterval=1,
                         disable=None if self.main else True)  # fmt: skip
@@ -282,7 +283,7 @@ def update_ema(ema, model, step, longest=0.999):
 
 
 def ahead(make, numbers, device):
-    """make(number) for each number; for a GPU a thread makes the next ones, in memory that it can copy from by itself."""
+    """make(number) for each number, in order; for a GPU threads make the next ones, in memory that it can copy from by itself."""
     if device.type != "cuda":
         yield from map(make, numbers)
         return
@@ -291,11 +292,11 @@ def ahead(make, numbers, device):
         batch = make(number)
         return batch and type(batch)(*(x if x.dtype == torch.int64 else x.pin_memory() for x in batch))
 
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with concurrent.futures.ThreadPoolExecutor(AHEAD) as pool:
         waiting = collections.deque()
         for number in numbers:
             waiting.append(pool.submit(pinned, number))
-            if len(waiting) > 2:
+            if len(waiting) > AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -30,7 +30,6 @@ import functools
 import io
 import json
 import os
-import threading
 from pathlib import Path
 
 import safetensors
@@ -228,8 +227,9 @@ def open_shard(path):
 class ShardedLatents:
     """data.Latents that stay on the disk: training asks for the pictures and captions of a batch, in any order.
 
-    The order is that of Latents, a function of (seed, step), so a resumed run sees what it would have seen. Caption ids count
-    through all shards; 0 is the empty caption. Shards of earlier versions, which hold their text themselves, are read as well.
+    The order is that of Latents, a function of (seed, step), so a resumed run sees what it would have seen. Several threads may ask
+    at once: those that make the next batches, and the teacher for the text of this one. Caption ids count through all shards; 0 is
+    the empty caption. Shards of earlier versions, which hold their text themselves, are read as well.
 
     Args:
         folder: what data.py encode wrote. encoders: the FrozenEncoders of the run, which must be those that encoded it; None: do
@@ -243,7 +243,7 @@ class ShardedLatents:
     streamed, text_dim = True, None  # as of data.Latents
 
     def __init__(self, folder, encoders=None, held_out=False):
-        self.folder, self.lock = Path(folder), threading.Lock()
+        self.folder = Path(folder)
         path = self.folder / "index.json"
         if not path.is_file():
             raise SystemExit(
@@ -337,8 +337,7 @@ class ShardedLatents:
 
     def rows(self, ids, gemma=True):
         """{name: (B, ...)} of the text of captions `ids` (B,): states, mask, pooled [, gemma, gemma_mask]."""
-        with self.lock:  # a thread makes the next batches while the teacher asks for this one's text
-            found = [self.row(number, gemma) for number in ids.tolist()]
+        found = [self.row(number, gemma) for number in ids.tolist()]
         rows = {name: torch.stack([row[name] for row in found]) for name in ("states", "mask", "pooled")}
         if "gemma" in found[0]:
             lengths, longest = torch.tensor([len(row["gemma"]) for row in found]), self.index["gemma_longest"]

@@ -139,6 +139,27 @@ def test_a_step_that_overflows_counts_as_zero_and_is_reported(monkeypatch):
     assert all(torch.isfinite(w).all() for w in weights.values() if w.is_floating_point())
 
 
+def test_on_a_gpu_threads_make_the_next_batches_in_order(monkeypatch):
+    """Numbers of captions stay as they are; all else is pinned, so that a copy need not wait. An error arrives where it belongs."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1000)
+    begun, seen = [], []
+
+    def make(number):
+        begun.append(number)
+        time.sleep(0.02 * (number % 3 == 0))  # some take longer
+        if number == 9:
+            raise ValueError("the ninth")
+        value = torch.full((2,), float(number))
+        return train_fm.Batch(value, value, value, value.long(), value, value)
+
+    with pytest.raises(ValueError, match="the ninth"):
+        for batch in run.ahead(make, range(12), torch.device("cuda")):
+            assert batch.x_t[0] == batch.states[0] == 1000 + batch.ids[0] and batch.ids.dtype == torch.int64
+            seen.append(int(batch.ids[0]))
+            assert max(begun) > seen[-1]  # the next ones are on their way
+    assert seen == list(range(9))
+
+
 def test_ema_follows_the_model_and_keeps_no_graph():
     model, ema = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3).requires_grad_(False)
     start = ema.weight.clone()
