@@ -27,11 +27,15 @@ def at_home(home, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def samples_in_two_steps(monkeypatch):
-    """The pictures that a training draws at each save take 2 steps, not 28: half of a short run's time."""
-    for name in ("train_fm", "distill", "studies.peers"):
-        if name in sys.modules:
-            monkeypatch.setattr(sys.modules[name], "draw_pictures", functools.partial(sys.modules[name].draw_pictures, steps=2))
+def short_saves(monkeypatch):
+    """What takes most of a short run's time: the pictures that a training draws at each save take 2 steps, not 28, and its curves are
+    left out. Runs of fixtures that several tests share are saved as they are, and looked at."""
+    for name in ("train_fm", "distill", "step_distill", "decoder", "studies.peers"):
+        module = sys.modules.get(name)
+        if hasattr(module, "draw_pictures") and name != "step_distill":
+            monkeypatch.setattr(module, "draw_pictures", functools.partial(module.draw_pictures, steps=2))
+        if hasattr(module, "curves"):
+            monkeypatch.setattr(module, "curves", lambda *args, **kwargs: None)
 
 
 @pytest.fixture(scope="module")
