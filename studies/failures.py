@@ -196,7 +196,7 @@ def fm_guidance(args):
 
 
 def train(args, stage, flags, name, steps):
-    """Train by the stage's own command, or go on with that. Returns (pictures or None, its Log, how it ended: "" or "NaN").
+    """Train by the stage's own command, or go on with that. Returns (its folder or None, its Log, how it ended: "" or ", then NaN").
 
     A training that broke is what is wanted here: of a NaN the stage says so and stops, and the last save is drawn.
     """
@@ -209,7 +209,7 @@ def train(args, stage, flags, name, steps):
     except SystemExit as stopped:
         if "became NaN or infinite" not in str(stopped):
             raise
-        ended = "NaN"
+        ended = ", then NaN"
     log = Log(out / "log.csv", resume_step=10**9)
     return (out if (out / "model.safetensors").is_file() else None), log, ended
 
@@ -228,7 +228,8 @@ def beside(args, failure, stage, flags, broken_flags, title, columns, scale="lin
         for (_, log, ended), name, color in zip(runs, ("healthy", "broken"), (HEALTHY, BROKEN), strict=True):
             for column, style in zip(columns, ("o-", "s--"), strict=False):
                 label = name if len(columns) == 1 else f"{name}: {column}"
-                axis.plot(log.column("step"), log.column(column), style, ms=4, color=color, label=label + ended)
+                points = [(x, y) for x, y in zip(log.column("step"), log.column(column), strict=True) if math.isfinite(y)]
+                axis.plot([x for x, _ in points], [y for _, y in points], style, ms=4, color=color, label=label + ended)
         axis.set_yscale(scale)
         axis.set_title(f"log.csv: {title}", fontsize=12)
         axis.set_xlabel(f"step of {steps}")
@@ -511,7 +512,7 @@ FAILURES = {
     "distill_captions": Failure("the teacher reads the captions of other pictures", "states, pooled = self.data.clip(ids - 1)",
                                 lambda args: from_the_teacher(args, "captions", others_captions, 0, "loss_out over t")),
     "distill_weights": Failure("fixed weights, and features that drown the rest", f"distill.py {WEIGHTS}", lambda args: beside(
-        args, "distill_weights", "distill", DISTILL, WEIGHTS, "loss_task", ["loss_task"], "log"), 150),
+        args, "distill_weights", "distill", DISTILL, WEIGHTS, "grad_norm", ["grad_norm"], "log"), 150),
     "step_distill_target": Failure("a few-step target that is not divided by t", "return x_t - x0", step_distill_target),
     "step_distill_discriminator": Failure("a discriminator that wins", f"step_distill.py {WINS}", lambda args: beside(
         args, "step_distill_discriminator", "step_distill", STEPS, WINS, "d_real and d_fake", ["d_real", "d_fake"]), 150),
