@@ -39,7 +39,7 @@ from studies.students import draw_with_teacher, noise_for
 STAGES = {  # name of the run: (what it is, the stage's main, its flags); every stage saves often, for --resume
     "fm": ("1  flow matching", train_fm.main, "--steps 1500 --save-every 250 --out {out}/fm"),
     "distill": ("2  distillation", distill.main, "--init {out}/fm --steps 1900 --save-every 200 --out {out}/distill"),
-    "decoder": ("   tiny decoder", decoder.main, "--steps 1500 --save-every 500 --out {out}/decoder"),
+    "decoder": ("   tiny decoder", decoder.main, "--steps 3000 --save-every 500 --out {out}/decoder"),
     "step_distill": ("3  4 steps", step_distill.main,
                      "--init {out}/distill --steps 400 --save-every 100 --watch 0 --out {out}/step_distill"),
     "build": ("4  packages", export_coreml.main, "--model {out}/step_distill --decoder {out}/decoder --out {out}/build"),
