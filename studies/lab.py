@@ -1,6 +1,6 @@
 """The lab hour: from random weights to verified packages, every stage from the run before, with one table and one grid.
 
-    python -m studies.lab                    # meant to take an hour on 2 cores, with assets/toy-sd3 as given
+    python -m studies.lab                    # an hour on 2 cores, with assets/toy-sd3 as given
     python -m studies.lab --resume           # goes on where it was stopped, also in the middle of a stage
     python -m studies.lab --device cuda      # on a GPU
     python -m studies.lab --dry              # only prints the commands, to be typed one by one
