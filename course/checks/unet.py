@@ -126,7 +126,7 @@ EXERCISES = {
     ),
     "1e": Exercise(
         "Two steps of the ladder, trained (4 minutes each)",
-        right={"RUN_A": "runs/1e-a", "RUN_F": "runs/1e-f", "LOWER_LOSS": "f", "FASTER": "f"},
+        right={"RUN_A": "runs/1e-a", "RUN_F": "runs/1e-f", "LOWER_LOSS": "a", "FASTER": "f"},
         mistakes={}, runs=ladder_runs,
     ),
 }  # fmt: skip
