@@ -196,7 +196,7 @@ def fm_guidance(args):
 
 
 def train(args, stage, flags, name, steps):
-    """Train by the stage's own command, or go on with that. Returns (its folder or None, its Log, how it ended: "" or ", then NaN").
+    """Train by the stage's own command, or go on with that. Returns (its folder or None, its Log, its end: "" or ", then NaN").
 
     A training that broke is what is wanted here: of a NaN the stage says so and stops, and the last save is drawn.
     """

@@ -28,8 +28,8 @@ def at_home(home, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def short_saves(monkeypatch):
-    """What takes most of a short run's time: the pictures that a training draws at each save take 2 steps, not 28, and its curves are
-    left out. Runs of fixtures that several tests share are saved as they are, and looked at."""
+    """What takes most of a short run's time: the pictures that a training draws at each save take 2 steps, not 28, and its curves
+    are left out. Runs of fixtures that several tests share are saved as they are, and looked at."""
     for name in ("train_fm", "distill", "step_distill", "decoder", "studies.peers"):
         module = sys.modules.get(name)
         if hasattr(module, "draw_pictures") and name != "step_distill":

@@ -157,7 +157,7 @@ def test_only_a_nan_is_what_is_wanted(monkeypatch, tmp_path):
                 failures.train(args, "fm", failures.FM, "x", 2)
         else:
             folder, log, ended = failures.train(args, "fm", failures.FM, "x", 2)
-            assert folder is None and log.rows == [] and ended == "NaN"
+            assert folder is None and log.rows == [] and ended == ", then NaN"
             assert failures.look(args, "fm", folder)[0].getextrema() == ((187, 187),) * 3
 
 
