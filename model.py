@@ -324,7 +324,8 @@ class UNet(nn.Module):
         super().__init__()
         self.cfg = cfg
         channels, last = cfg.channels, len(cfg.channels) - 1
-        self.conv_in = conv3x3(cfg, cfg.latent_channels, channels[0])
+        # Full here and at the end, where all others are separable [A]: a separable one has one 3x3 kernel for each latent channel.
+        self.conv_in = nn.Conv2d(cfg.latent_channels, channels[0], 3, padding=1)
         self.time_mlp = nn.Sequential(nn.Linear(channels[0], cfg.time_dim), nn.SiLU(), nn.Linear(cfg.time_dim, cfg.time_dim))
         self.down, skips, width = nn.ModuleList(), [channels[0]], channels[0]
         for stage, c in enumerate(channels):
@@ -340,7 +341,7 @@ class UNet(nn.Module):
             self.up.append(Stage(layers, Upsample(cfg, c) if stage > 0 else None))
             width = c
         self.norm_out = nn.GroupNorm(cfg.groups, width)
-        self.conv_out = conv3x3(cfg, width, cfg.latent_channels)
+        self.conv_out = nn.Conv2d(width, cfg.latent_channels, 3, padding=1)
 
     def features(self):
         """{name: (channels, s)} of the layers whose output forward() can return: s = 1, 2, 4 is how much coarser its grid is."""
