@@ -386,3 +386,21 @@ class UNet(nn.Module):
         if feature and not kept:
             raise ValueError(f"no layer {feature!r}; there are {', '.join(self.features())}")
         return (velocity, *kept) if feature else velocity
+
+
+def zero_branches(net):
+    """Let each residual branch of a new UNet end in zeros, as ADM's do [A], so that no random branch drowns what the others say.
+
+    At the start a ResBlock is its shortcut and a transformer block the identity. For training; random weights that are only to be
+    timed or converted stay as they are, since zeros would verify nothing.
+    """
+    for module in net.modules():
+        if isinstance(module, ResBlock):
+            last = module.conv2[-1] if net.cfg.separable else module.conv2
+        elif isinstance(module, (Attention, FeedForward)):
+            last = module.to_out if isinstance(module, Attention) else module.proj_out
+        else:
+            continue
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+    return net

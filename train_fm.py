@@ -147,7 +147,7 @@ def make_parser():
     p.add_argument("--ladder", choices=LADDER, help="train an earlier step of the ladder of Fig. 2, at the widths of --size")
     p.add_argument("--gemma", metavar="DIR", help="folder of google/gemma-2-2b: a third text encoder, as in the paper's --size t2i")
     arguments.add_data(p)
-    arguments.add_training(p, steps=2500, batch=64, lr=3e-3)
+    arguments.add_training(p, steps=2500, batch=64, lr=5e-3)
     arguments.add_run(p, out="runs/fm", save_every=500)
     return p
 

@@ -41,7 +41,7 @@ from common.checkpoint import (
 from common.device import describe_machine, half, move, pick_device, take
 from common.encoders import FrozenEncoders
 from common.figures import stack
-from model import PRESETS, UNet, ladder
+from model import PRESETS, UNet, ladder, zero_branches
 
 AHEAD = 3  # batches that are made while the GPU works on one, each by a thread
 BINS = 5  # of t: a loss is logged for each fifth of (0, 1), since the average alone goes flat early and says little
@@ -90,7 +90,7 @@ class Run:
         args, cfg, trained = self.args, PRESETS[self.args.size], {}
         if getattr(args, "ladder", None):
             cfg = ladder(args.ladder, cfg)
-        model = UNet(cfg)
+        model = zero_branches(UNet(cfg))
         if init:
             start, trained = load_student(init)
             if start.cfg != cfg:

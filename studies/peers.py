@@ -32,7 +32,7 @@ from common.figures import pyplot, save_figure
 from common.run import learning_rate, update_ema
 from data import open_data
 from evaluate import prompts_of, score
-from model import PRESETS, UNet, timestep_embedding
+from model import PRESETS, UNet, timestep_embedding, zero_branches
 from sample import draw_pictures
 from train_fm import make_optimizers, noisy_batch, predict, sampling_settings, timestep_shift, validate
 
@@ -98,7 +98,7 @@ class DiT(nn.Module):
 
 
 def build(name, cfg, side):
-    net = UNet(cfg) if name == "ours" else DiffusersUNet(cfg) if name == "diffusers" else DiT(cfg, side)
+    net = zero_branches(UNet(cfg)) if name == "ours" else DiffusersUNet(cfg) if name == "diffusers" else DiT(cfg, side)
     net.cfg = cfg  # what drawing needs to know: widths of text and latents
     return net
 

@@ -18,6 +18,7 @@ from model import (
     ladder,
     rope_table,
     rotate,
+    zero_branches,
 )
 from studies import sizes
 from studies.sizes import count, count_parts
@@ -274,6 +275,25 @@ def test_features_are_what_the_layers_give(checkpointing):
         assert torch.equal(velocity, net(*x))
     feature.square().mean().backward()
     assert net.conv_in.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("step", ["a", "f"])
+def test_branches_begin_at_zero_and_learn(step):
+    """A ResBlock starts as its shortcut, transformer blocks as the identity; what is zero has a gradient."""
+    torch.manual_seed(0)
+    net, (x, t, text) = zero_branches(UNet(small(step))), inputs(small(step))
+    h, time = torch.randn(2, 96, 2, 2), torch.randn(2, 48)
+    block = net.up[0].layers[0]  # a skip of 96 or 64 channels is concatenated
+    wide = torch.randn(2, block.resblock.norm1.num_channels, 2, 2)
+    assert torch.equal(block.resblock(wide, time), block.resblock.shortcut(wide))
+    middle = net.mid[1]
+    tokens = h.flatten(2).transpose(1, 2)
+    assert torch.equal(middle.blocks[0](tokens, text, None, rope_table(2, 2, 32) if step == "f" else None), tokens)
+    (net(x, t, text) - torch.randn_like(x)).square().mean().backward()
+    ends = ("conv2.1.weight" if step == "f" else "conv2.weight", "to_out.weight", "ff.proj_out.weight")
+    zeros = [name for name, w in net.named_parameters() if not w.any() and w.dim() > 1]
+    assert zeros == [name for name, _ in net.named_parameters() if name.endswith(ends)]
+    assert all(net.get_parameter(name).grad.any() for name in zeros)
 
 
 def test_config_refuses_channels_that_do_not_divide():
