@@ -83,7 +83,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(finished, home):
 
 
 def test_resume_refuses_other_settings(finished):
-    with pytest.raises(SystemExit, match="--lr was 0.003, is 0.5"):
+    with pytest.raises(SystemExit, match="--lr was 0.005, is 0.5"):
         train_fm.main([*SMALL, "--steps", "8", "--out", "runs/whole", "--lr", "0.5", "--resume"])
 
 
