@@ -1,7 +1,8 @@
 """What else would a student take? Three networks of one size learn from the same batches for the same wall time.
 
-    python -m studies.peers --minutes 10                       # ours, a UNet of diffusers', a plain DiT: half an hour in all
-    python -m studies.peers --minutes 10 --only ours dit       # two of them
+    python -m studies.peers --minutes 10                          # ours, a UNet of diffusers', a plain DiT: half an hour in all
+    python -m studies.peers --minutes 10 --lr 2.5e-3 5e-3         # each at both rates: what suits one need not suit another
+    python -m studies.peers --minutes 10 --only ours dit          # two of them
 
     ours        model.py's UNet, --size tiny
     diffusers   UNet2DConditionModel of the same widths: full convolutions, self-attention from the second stage on, all heads with
@@ -103,13 +104,13 @@ def build(name, cfg, side):
     return net
 
 
-def train(name, args, data, val, encoders, prompts):
-    """Train one network for --minutes: (parameters, [{"minutes", "step", "val_loss", "score"}, ...]), the last one at the end."""
+def train(name, lr, args, data, val, encoders, prompts):
+    """Train one network for --minutes: {"parameters", "rows": [{"minutes", "step", "val_loss", "score"}, ...]}."""
     device, shift, side = encoders.device, timestep_shift(args), data.shape[-1]
     torch.manual_seed(args.seed)
     model = build(name, PRESETS[args.size], side).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    optimizers, peak = make_optimizers(model, args.lr, args.optimizer), args.lr
+    optimizers = make_optimizers(model, lr, args.optimizer)
     forward = torch.compile(model) if args.compile else model
     config = {"latent_size": list(data.shape[1:]), "sampling": sampling_settings(args)}
     rows, seconds, step, total = [], 0.0, 0, 60 * args.minutes
@@ -119,7 +120,7 @@ def train(name, args, data, val, encoders, prompts):
             seconds = 0.0
         start = time.perf_counter()
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):
-            group["lr"] = peak * min(1, (step + 1) / 200) * learning_rate(int(1e4 * seconds / total), 10_000, warmup=1)
+            group["lr"] = lr * min(1, (step + 1) / 200) * learning_rate(int(1e4 * seconds / total), 10_000, warmup=1)
         batch = move(noisy_batch(data, args.seed, step, args.batch, shift), device)
         loss = (predict(forward, batch) - batch.v).square().mean()
         loss.backward()
@@ -129,7 +130,7 @@ def train(name, args, data, val, encoders, prompts):
             optimizer.zero_grad(set_to_none=True)
         update_ema(ema, model, step)
         if not loss.isfinite():
-            raise SystemExit(f"the loss of {name} became NaN at step {step}: lower --lr.")
+            raise SystemExit(f"the loss of {name} became NaN at step {step} with --lr {lr:g}: choose a lower one.")
         step, seconds = step + 1, seconds + time.perf_counter() - start
         bar.update(min(round(seconds), bar.total) - bar.n)
         if seconds >= total * (len(rows) + 1) / args.points:
@@ -139,15 +140,16 @@ def train(name, args, data, val, encoders, prompts):
             if bar.disable:
                 print(f"{name}: {rows[-1]}", flush=True)
     bar.close()
-    return sum(p.numel() for p in model.parameters()), rows
+    return {"parameters": sum(p.numel() for p in model.parameters()), "rows": rows}
 
 
 def plot(results, args):
     figure, axes = pyplot().subplots(1, 2, figsize=(10, 4))
-    for name, (parameters, rows) in results.items():
+    for name, result in results.items():
+        rows, size = result["rows"], result["parameters"] / 1e6
         for axis, column in zip(axes, ("val_loss", "score"), strict=True):
             axis.plot([row["minutes"] for row in rows], [row[column] for row in rows], "o-", ms=4,
-                      label=f"{name}, {parameters / 1e6:.1f} M, {rows[-1]['step']} steps")  # fmt: skip
+                      label=f"{name}, {size:.1f} M, {rows[-1]['step']} steps")  # fmt: skip
     axes[0].set(title="validation loss", xlabel="minutes of training")
     axes[1].set(title=f"mini-GenEval of {6 * args.per_family} prompts", xlabel="minutes of training")
     save_figure(figure, args.out / "peers.png")
@@ -162,7 +164,7 @@ def parse_arguments(argv=None):
     p.add_argument("--teacher", metavar="DIR", default="assets/toy-sd3", help="SD3 folder whose encoders are used")
     p.add_argument("--pictures", type=integer(1), default=20_000, help="different pictures of the shapes world to train on")
     p.add_argument("--batch", type=integer(1), default=64, help="pictures a step")
-    p.add_argument("--lr", type=real(above=0), default=1e-3, help="learning rate after the warm-up, of all three")
+    p.add_argument("--lr", type=real(above=0), nargs="+", default=[5e-3], help="learning rates, each in turn, after the warm-up")
     p.add_argument("--seed", type=integer(0), default=0, help="of weights, noise, timesteps and the data's order")
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/studies/peers"), help="where to")
     p.add_argument("--compile", action="store_true", help="torch.compile each network")
@@ -176,16 +178,16 @@ def main(argv=None):
     encoders, results = FrozenEncoders(args.teacher, pick_device(args.device)), {}
     data, val = open_data(args, encoders)
     prompts = prompts_of("val", args.per_family, 0)
-    for name in args.only:
-        results[name] = train(name, args, data, val, encoders, prompts)
+    for lr in args.lr:
+        for name in args.only:
+            results[f"{name}, {lr:g}"] = train(name, lr, args, data, val, encoders, prompts)
+            save_json(results, args.out / "peers.json")
     print(f"\n{args.minutes} minutes each, batch {args.batch}, seed {args.seed}, {describe_machine(encoders.device)}")
-    print(f"{'network':12}{'params M':>9}{'steps':>7}{'val loss':>10}{'mini-GenEval':>14}")
-    for name, (parameters, rows) in results.items():
-        last = rows[-1]
-        print(f"{name:12}{parameters / 1e6:9.2f}{last['step']:7}{last['val_loss']:10.4f}{last['score']:14.3f}")
+    print(f"{'network, rate':18}{'params M':>9}{'steps':>7}{'val loss':>10}{'mini-GenEval':>14}")
+    for name, result in results.items():
+        last = result["rows"][-1]
+        print(f"{name:18}{result['parameters'] / 1e6:9.2f}{last['step']:7}{last['val_loss']:10.4f}{last['score']:14.3f}")
     plot(results, args)
-    report = {name: {"parameters": parameters, "rows": rows} for name, (parameters, rows) in results.items()}
-    save_json(report, args.out / "peers.json")
     print(f"wrote {args.out}/peers.png, peers.json")
 
 

@@ -123,10 +123,10 @@ def test_a_peer_does_not_see_padding():
 def test_peers_train_and_are_drawn(capsys):
     peers.main(["--minutes", "0.03", "--only", "dit", "--points", "1", "--per-family", "1", "--pictures", "64", "--batch", "4",
                 "--device", "cpu"])  # fmt: skip
-    report = json.loads(Path("runs/studies/peers/peers.json").read_text())["dit"]
+    report = json.loads(Path("runs/studies/peers/peers.json").read_text())["dit, 0.005"]
     assert Path("runs/studies/peers/peers.png").is_file() and report["parameters"] > 6e6
     assert report["rows"][-1]["step"] > 2 and 0 < report["rows"][-1]["val_loss"] < 3
-    assert "dit " in capsys.readouterr().out
+    assert "dit, 0.005 " in capsys.readouterr().out
 
 
 def test_every_command_of_the_lab_is_one_that_its_stage_understands(tmp_path, capsys):
