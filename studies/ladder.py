@@ -19,7 +19,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import train_fm
-from common.arguments import Parser, add_device, integer
+from common.arguments import Parser, add_device, integer, real
 from common.checkpoint import save_json
 from common.device import describe_machine, half, pick_device
 from common.encoders import FrozenEncoders
@@ -128,7 +128,7 @@ def train(args, device):
     """Stage 1 for every step of the ladder and every seed: the table, ladder.png, ladder.json."""
     encoders, results = FrozenEncoders(args.teacher, device), {step: [] for step in args.only}
     flags = {"teacher": args.teacher, "steps": args.steps, "save-every": args.steps, "pictures": args.pictures, "batch": args.batch,
-             "device": device}  # fmt: skip
+             "device": device} | ({"lr": args.lr} if args.lr else {})  # fmt: skip
     flags = [text for name, value in flags.items() for text in (f"--{name}", str(value))] + ["--compile"] * args.compile
     settings = train_fm.parse_arguments(flags)
     settings.seeds = args.seeds
@@ -137,7 +137,7 @@ def train(args, device):
         results[step].append({"score": mini_geneval(out, encoders, args.per_family)["overall"],
                               "val_loss": log.column("val_loss")[-1],
                               "ms_per_step": 1000 * args.batch / statistics.median(log.column("pictures_per_second"))})  # fmt: skip
-    print(f"\n{args.steps} training steps of {args.batch}, {args.seeds} seeds, {6 * args.per_family} prompts, "
+    print(f"\n{args.steps} steps of {args.batch}, rate {settings.lr:g}, {args.seeds} seeds, {6 * args.per_family} prompts, "
           f"{describe_machine(device)}")  # fmt: skip
     print(f"{'step':5}{'params M':>9}{'MMACs':>8}{'ms a step':>10}{'val loss':>10}{'range':>18}{'mini-GenEval':>14}{'range':>16}"
           "   the paper")  # fmt: skip
@@ -184,6 +184,7 @@ def parse_arguments(argv=None):
     p.add_argument("--sdxl", action="store_true", help="with --forward, also SDXL's UNet")
     p.add_argument("--compile", action="store_true", help="with --training, --train: torch.compile each first, some minutes a step")
     p.add_argument("--steps", type=integer(1), default=1500, help="training steps, for --train")
+    p.add_argument("--lr", type=real(above=0), help="learning rate, for --train; default: stage 1's")
     p.add_argument("--pictures", type=integer(1), default=20_000, help="different pictures to train on, for --train")
     p.add_argument("--seeds", type=integer(1), default=2, help="runs of each step, for --train: seeds 0, 1, ...")
     p.add_argument("--per-family", type=integer(1), default=100, help="mini-GenEval prompts a family, for --train")
