@@ -504,7 +504,7 @@ MEASURED = {
     "distill.png": ("python -m studies.losses --compare runs/studies/losses/task-scaled-seed0 "
                     "runs/studies/losses/task+out+feat-scaled-seed0", "runs/studies/losses/compare.png"),
     "few_steps.png": ("python -m studies.few_steps --compare assets/zoo/step_distill", "runs/studies/few_steps/compare.png"),
-    "peers.png": ("python -m studies.peers --minutes 10", "runs/studies/peers/peers.png"),
+    "peers.png": ("python -m studies.peers --minutes 10 --lr 2.5e-3 5e-3", "runs/studies/peers/peers.png"),
     "lab.png": ("python -m studies.lab", "runs/lab/lab.png"),
     "gan.png": ("python -m assets.make_zoo --only step_distill", "runs/zoo/step_distill/gan.png"),
     "bits.png": ("python -m studies.bits", "runs/studies/bits/bits.png"),
