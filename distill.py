@@ -30,7 +30,7 @@ from torch import nn
 
 from common import arguments, parallel
 from common.arguments import integer, real
-from common.device import autocast, half_transformer
+from common.device import autocast, matmul_dtype
 from common.figures import curves
 from common.run import Run, update_ema
 from data import open_data, sample_prompts
@@ -151,7 +151,7 @@ def train(args):
     teacher = projector = feature = None
     if "out" in args.losses:
         layer = "middle" if args.teacher_layer is None else args.teacher_layer
-        teacher = Teacher(args.teacher, data, run.device, half_transformer(run.device), layers=(layer,))
+        teacher = Teacher(args.teacher, data, run.device, matmul_dtype(run.device), layers=(layer,))
     if "feat" in args.losses:
         feature, projector = args.student_layer, make_projector(args, student, teacher, data.shape[-1]).to(run.device)
     ratios = nn.ModuleDict()

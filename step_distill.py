@@ -42,7 +42,7 @@ from torch import nn
 import flow
 from common import arguments, parallel
 from common.arguments import integer, real
-from common.device import half_transformer, move, take
+from common.device import matmul_dtype, move, take
 from common.encoders import hash_folders
 from common.figures import curves
 from common.run import Run, update_ema
@@ -225,7 +225,7 @@ def train(args):
                    "sampling": {"steps": args.for_steps, "guidance": 1.0, "shift": shift,
                                 "times": [round(float(t), 6) for t in times] + [0.0]}}  # fmt: skip
     # D looks through the few-step teacher if there is one, else through the many-step teacher [A].
-    teacher = Teacher(args.turbo or args.teacher, data, run.device, half_transformer(run.device), layers=args.layers)
+    teacher = Teacher(args.turbo or args.teacher, data, run.device, matmul_dtype(run.device), layers=args.layers)
     turbo, args.layers = teacher if args.turbo else None, list(teacher.layers)
     if args.compile:
         teacher.compile()

@@ -47,7 +47,7 @@ from transformers import (
 import flow
 from common.arguments import Parser, add_device, integer, real
 from common.checkpoint import load_state, save_json, save_state
-from common.device import half_transformer, pick_device
+from common.device import matmul_dtype, pick_device
 from common.encoders import FrozenEncoders
 from common.muon import Muon
 from common.pictures import to_tensor
@@ -100,7 +100,7 @@ def make_autoencoder(out, device, steps=2400, batch=16, lr=1e-3, kl_weight=1e-3,
             group["lr"] = cosine(step, steps, lr)
         x = to_tensor([data[i][0] for i in range(step * batch, (step + 1) * batch)])
         x = x.to(device, memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=matmul_dtype(device) == torch.bfloat16):
             posterior = vae.encode(x).latent_dist
             restored = vae.decode(posterior.sample()).sample
         mse = F.mse_loss(restored.float(), x)
@@ -361,7 +361,7 @@ def make_teacher(out, device, steps=7_000, batch=64, lr=3e-3, pictures=60_000, s
         t = flow.logit_normal_timesteps(batch, shift=4.0, generator=g)  # the layout is decided near t = 1
         eps = torch.randn(x0.shape, generator=g)
         x_t, v, t = flow.interpolate(x0, eps, t).to(device), flow.velocity(x0, eps).to(device), t.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=half_transformer(device) == torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=matmul_dtype(device) == torch.bfloat16):
             predicted = model(
                 x_t, encoder_hidden_states=text[ids], pooled_projections=pooled[ids], timestep=1000 * t
             ).sample

@@ -55,8 +55,11 @@ def half(device):
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def half_transformer(device):
-    """The dtype of frozen transformers: bfloat16 also on a CPU that multiplies in it (convolutions there are slower so)."""
+def matmul_dtype(device):
+    """The dtype of matrix products, and of frozen transformers, which consist of them: bfloat16 on a GPU, and on a CPU that has it.
+
+    A CPU without those instructions multiplies in bfloat16 too, many times slower than in float32, and does not say so.
+    """
     fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.bfloat16 if fast else half(device)
 

@@ -8,13 +8,15 @@ import collections
 
 import torch
 
+from common.device import matmul_dtype
+
 COEFFICIENTS = (3.4445, -4.775, 2.0315)  # of the Newton-Schulz iteration, Keller Jordan's
 
 
 def orthogonalize(x, steps=5, eps=1e-7):
-    """(N, rows, columns), rows <= columns: each matrix with its singular values brought near 1, in bfloat16."""
+    """(N, rows, columns), rows <= columns: each matrix with its singular values brought near 1, in bfloat16 where that is fast."""
     a, b, c = COEFFICIENTS
-    x = x.bfloat16()
+    x = x.to(matmul_dtype(x.device))
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT

@@ -21,7 +21,7 @@ import torch
 import decoder, distill, step_distill, train_fm
 from common import parallel
 
-distill.half_transformer = step_distill.half_transformer = lambda device: torch.float32
+distill.matmul_dtype = step_distill.matmul_dtype = lambda device: torch.float32
 for stage in (train_fm, distill):
     stage.draw_pictures = functools.partial(stage.draw_pictures, steps=2)
 for stage in (train_fm, distill, step_distill, decoder):

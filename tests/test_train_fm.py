@@ -19,7 +19,7 @@ from torch import nn
 
 import flow
 import train_fm
-from common import checkpoint, run
+from common import checkpoint, muon, run
 from common.muon import Muon
 from model import PRESETS, UNet
 
@@ -223,8 +223,9 @@ def test_noise_depends_on_seed_and_step_alone_and_captions_are_dropped():
     assert torch.allclose(x_t, t.view(-1, 1, 1, 1) * v, atol=1e-6)  # with x_0 = 0: x_t = t eps, v = eps
 
 
-def test_muon_is_torchs():
+def test_muon_is_torchs(monkeypatch):
     """Matrices together, or one after the other as torch.optim.Muon does: the same weights, also after a reload of the state."""
+    monkeypatch.setattr(muon, "matmul_dtype", lambda device: torch.bfloat16)  # as torch's, also on a CPU that is slow in it
     torch.manual_seed(0)
     shapes = [(8, 24), (24, 8), (8, 24), (16, 16), (1, 5)]
     ours, theirs = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
@@ -238,6 +239,14 @@ def test_muon_is_torchs():
         state, a = a.state_dict(), Muon(ours, lr=0.1, weight_decay=0.1)
         a.load_state_dict(state)
     assert all(torch.allclose(x, y, atol=1e-3) for x, y in zip(ours, theirs, strict=True))
+
+
+def test_muon_multiplies_in_float32_where_the_cpu_has_no_bfloat16(monkeypatch):
+    x = torch.randn(3, 8, 24, generator=torch.Generator().manual_seed(0))
+    for fast, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda fast=fast: {"avx512_bf16": fast})
+        steps = muon.orthogonalize(x)
+        assert steps.dtype == dtype and ((torch.linalg.svdvals(steps.float()) - 1).abs() < 0.4).all()
 
 
 def test_muon_takes_the_matrices_of_the_transformers_and_adamw_all_else(home):
