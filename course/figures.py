@@ -12,7 +12,7 @@
     distillation        Fig. 5              three levels: task, output, features
     scaling             Fig. 6's idea       a_t over t: who teaches when
     step_distillation   Fig. 7              the loop of stage 3
-    phone               Sec. 4, no figure   text encoder, four Euler steps, decoder
+    phone               Sec. 3.2, its end   text encoder, four Euler steps, decoder
 
 Each is drawing_NAME.svg, 16:9, on a white ground. Every number of ours in them is computed from the code (model.PRESETS,
 decoder.PRESETS, the defaults of the stages, the configs in assets/), and a test holds the committed files against it. Letters are

@@ -125,7 +125,7 @@ EXERCISES = {
         },
     ),
     "1e": Exercise(
-        "Two steps of the ladder, trained (4 minutes each)",
+        "Two steps of the ladder, trained (4 to 8 minutes each)",
         right={"RUN_A": "runs/1e-a", "RUN_F": "runs/1e-f", "LOWER_LOSS": "a", "FASTER": "f"},
         mistakes={}, runs=ladder_runs,
     ),
