@@ -134,7 +134,7 @@ def cached(path, compute):
 
 
 def encode_dataset(dataset, encoders, cache=CACHE, batch=None):
-    """Pass a dataset through the frozen encoders once: Latents, cached as two safetensors files under `cache`.
+    """Pass a dataset through the frozen encoders once: Latents, cached as two or three safetensors files in `cache`.
 
     The files' names are hashes of the dataset's content and of the encoders' weights, so another picture, caption or
     encoder never meets an old cache. `batch` defaults to as many pictures as make 64 of 128x128 pixels.

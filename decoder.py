@@ -22,6 +22,7 @@ Table 2, quality beside the teacher's decoder and the ablation: studies/decoder.
     L_D = E[ max(0, 1 - D(x)) ] + E[ max(0, 1 + D(x')) ]                                                               [A]
 
 No KL: the encoder is frozen, the latents are given. The discriminator D, widths and blocks (the simplest that meet Table 2): [A].
+Marks: [P] the paper, [S] the team's later papers, [A] our assumption.
 """
 
 import json
@@ -58,7 +59,7 @@ class DecoderConfig:
     blocks: tuple = (3, 3, 1, 1)  # per resolution [A]
     latent_channels: int = 16
     groups: int = 32  # of every GroupNorm
-    # The paper's changes, each a switch; the other two are the numbers above:
+    # The paper's changes. Thinner and with fewer blocks are the numbers above, the others are switches:
     attention: bool = False  # (1) True: attention over all latent pixels, as in the middle of SD3's decoder
     norm_everywhere: bool = False  # (2) True: GroupNorm and SiLU before every convolution, as in SD3's blocks
     separable: bool = True  # (3) False: full 3x3 convolutions in the blocks
@@ -88,7 +89,7 @@ class Block(nn.Module):
         if cfg.norm_everywhere:
             first = [nn.GroupNorm(cfg.groups, c_in), nn.SiLU(), *first]
         self.body = nn.Sequential(*first, *norm, *second)
-        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()  # (5): always the identity
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()  # (5): the identity, unless conv_shortcut
 
     def forward(self, x):
         return self.shortcut(x) + self.body(x)

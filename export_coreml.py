@@ -1,6 +1,6 @@
 """Stage 4: Core ML packages for a phone, each checked op by op before it is called done.
 
-    text_encoder.mlpackage    both CLIPs: tokens -> text states, mask (--gemma none: Gemma's place, see coreml/texts.py)
+    text_encoder.mlpackage    both CLIPs: tokens -> text states, mask (of a student with Gemma: --gemma none, coreml/texts.py)
     unet.mlpackage            the student: latent, t, text, mask -> velocity
     decoder.mlpackage         the tiny decoder: latent -> picture, 0 to 255
     pipeline.json             steps, times, guidance, sizes, tokenizers: all else that an app needs
@@ -17,7 +17,8 @@
 How one part is made: it is wrapped in the form that a phone can take (coreml/layers.py), torch.export captures it at fixed sizes,
 coremltools converts it to a float16 program, it is saved, read back from disk and interpreted beside PyTorch (coreml/verify.py,
 mil_interpreter.py). Two questions, two bars: is it the right program (converted in float32: at most 1e-4 off) and does it survive
-float16 (at least 50 dB)? On a Mac the same inputs also go through Core ML itself.
+float16 (at least 50 dB; fewer bits and random weights have no bar, their decibels stand in verification.json)? On a Mac the same
+inputs also go through Core ML itself.
 """
 
 import functools

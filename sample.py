@@ -142,7 +142,8 @@ def parse_arguments(argv=None):
     p.add_argument("--model", metavar="DIR", default="assets/zoo/fm", help="a student's folder")
     p.add_argument("--teacher", metavar="DIR", help="SD3 folder with the encoders, if not the one named in the student's config")
     arguments.add_sampling(p)
-    p.add_argument("--n", type=integer(1), default=1, help="pictures per prompt, from seeds seed, seed + 1, ...")
+    p.add_argument("--n", type=integer(1), default=1,
+                   help="pictures per prompt, from seeds seed, seed + 1, ...; --prompts counts on")  # fmt: skip
     p.add_argument("--batch", type=integer(1), default=64, help="pictures at once")
     p.add_argument("--seed", type=integer(0), default=0, help="of the noise")
     p.add_argument("--resolution", type=integer(1), help="side of the picture in pixels, if not the one trained on")

@@ -16,8 +16,9 @@ commits to the average, which is a blur. Here the student of stage 2 learns to p
 
 D wants logits above 1 for real latents and below -1 for predicted ones; beyond that it is sure enough, and learns nothing. Heads
 that know nothing yet teach nothing: the weight of L_adv is 0 for the first --ramp steps, and grows over as many more [A].
-It is the frozen teacher, which sees both noised again to one random level with their caption (UFOGen, arXiv 2311.09257), and light
-heads on some of its blocks, all that learns (LADD, 2403.12015) [A]. R1 keeps its slope small, so that its advice stays smooth.
+D is the frozen teacher, which sees real and predicted latents noised again to one random level with their caption (UFOGen, arXiv
+2311.09257), and light heads on some of its blocks, all that learns (LADD, 2403.12015) [A]. R1 keeps its slope small, so that its
+advice stays smooth.
 
     python step_distill.py                                   # class scale: from runs/distill (or the zoo's), 4 steps
     python step_distill.py --for-steps 8                     # for 8 steps
@@ -97,7 +98,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, teacher, width=64):
         super().__init__()
-        self.__dict__["teacher"] = teacher  # no submodule: its weights are not ours to train or save
+        self.teacher = teacher  # a plain object, no nn.Module: its weights are neither trained nor saved with the heads
         self.heads = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(teacher.feature_dim, width, 3, padding=1), nn.SiLU(),
@@ -270,7 +271,7 @@ def train(args):
             on_fake = discriminator.logits(fake)
             loss = hinge(on_real, on_fake)
             if wrong is not None:  # a real latent with the caption of another is as wrong: D must read
-                differ = part.ids != part.ids.roll(1)
+                differ = (part.ids != part.ids.roll(1)).to(run.device)
                 loss = loss + args.wrong_captions * (differ[:, None] * F.relu(1 + discriminator.logits(wrong))).mean()
             run.backward(loss + args.penalty * penalty)
             run.log(d_real=on_real, d_fake=on_fake, loss_d=loss, penalty=penalty)
@@ -342,7 +343,7 @@ def make_parser(doc=__doc__, example="python step_distill.py --init runs/distill
     p.add_argument("--level-shift", type=real(0.1), default=1.0, help="shift of the noise level at which D looks")
     p.add_argument("--penalty", type=real(0), default=0.1, help="weight of the gradient penalty (R1) on the heads' inputs")
     p.add_argument("--layers", type=integer(), nargs="+", help="blocks that get a head; default: at 1/4, 1/2, the last")
-    p.add_argument("--on-policy", type=real(0, 1), default=0.5, help="share of training points on the student's own way from noise")
+    p.add_argument("--on-policy", type=real(0, 1), default=0.5, help="share of points below t = 1 on the student's way from noise")
     p.add_argument("--teacher-guidance", type=real(0), default=3.0, help="guidance of the ODE solve; it ends up inside the student")
     p.add_argument("--solver-steps", type=integer(1), default=8, help="Euler steps of the ODE solve from t = 1; fewer from below")
     arguments.add_data(p)

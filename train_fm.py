@@ -14,9 +14,9 @@ Writes runs/fm: model.safetensors (EMA weights) and config.json for sample.py an
 log.csv, loss.png, samples/. Every random number comes from (--seed, step): stop it at any moment, run the same command
 with --resume, and the weights end bit for bit as if it had never stopped (CPU, same number of threads).
 
-Differences from the paper [A]: Muon for the transformers' matrices at class scale, AdamW otherwise, with warm-up and linear decay;
-shift 3 at class scale and at 1024 px, 1 at 256 px; text dropped 10 % of the time. The paper's data, batch sizes and learning
-rate here are not public.
+Differences from the paper ([A] our assumption, [S] their later papers, see README): Muon for the transformers' matrices at class
+scale, AdamW otherwise, with warm-up and linear decay; shift 3 at class scale and at 1024 px, 1 at 256 px; text dropped 10 % of the
+time. The paper's data, batch sizes and learning rate here are not public.
 """
 
 import math

@@ -153,5 +153,5 @@ def by_size(args):
     args.optimizer = args.optimizer or ("muon" if args.size == "tiny" else "adamw")
     if args.resolution not in (None, 64) and not args.data:
         raise SystemExit(f"the shapes world has pictures of 64 pixels, not {args.resolution}: give --data a folder.")
-    args.resolution = args.resolution or RESOLUTIONS[args.size]
+    args.resolution = args.resolution or RESOLUTIONS[args.size if args.data else "tiny"]
     return args

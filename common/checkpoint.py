@@ -144,19 +144,15 @@ def load_weights(model, weights, source):
 def save_state(folder, step, settings, optimizers, **models):
     """Everything that training needs to go on as if it had never stopped, in one file: train_state/state.safetensors.
 
-    `optimizers` is one, or a list of them; every network is given by name.
+    `optimizers` is a list; every network is given by name.
     """
     tensors = {f"{key}.{n}": w.detach().contiguous() for key, m in models.items() for n, w in m.state_dict().items()}
-    for k, optimizer in enumerate(_list(optimizers)):
+    for k, optimizer in enumerate(optimizers):
         for index, values in optimizer.state_dict()["state"].items():
             tensors.update({f"optimizer.{k}.{index}.{name}": value.contiguous() for name, value in values.items()})
     metadata = {"step": str(step), "settings": json.dumps(settings)}
     path = Path(folder) / "train_state" / "state.safetensors"
     save_atomically(lambda p: safetensors.torch.save_file(tensors, p, metadata), path)
-
-
-def _list(one_or_more):
-    return one_or_more if isinstance(one_or_more, list) else [one_or_more]
 
 
 def state_settings(folder):
@@ -214,7 +210,7 @@ def load_state(folder, settings, optimizers, folders=None, **models):
                          "--out for a new run.")  # fmt: skip
     for key, model in models.items():
         load_weights(model, {n.removeprefix(f"{key}."): w for n, w in tensors.items() if n.startswith(f"{key}.")}, path)
-    for k, optimizer in enumerate(_list(optimizers)):
+    for k, optimizer in enumerate(optimizers):
         state = {}
         for name, value in tensors.items():
             if name.startswith(f"optimizer.{k}."):

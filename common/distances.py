@@ -37,7 +37,7 @@ def picture_features(pictures, network, device):
         x = to_tensor(pictures[start : start + 64]).to(device)
         x = F.interpolate(x, (128, 128), mode="bicubic", align_corners=False).clamp(-1, 1)
         features.append(network.extract_features(x).mean((2, 3)))
-    return torch.cat(features).double()
+    return torch.cat(features).cpu().double()  # an Apple GPU has no float64
 
 
 def kid(a, b):

@@ -223,6 +223,14 @@ def test_noise_depends_on_seed_and_step_alone_and_captions_are_dropped():
     assert torch.allclose(x_t, t.view(-1, 1, 1, 1) * v, atol=1e-6)  # with x_0 = 0: x_t = t eps, v = eps
 
 
+def test_the_resolution_is_the_pictures():
+    """The shapes world has 64 pixels at any --size, and the shift follows the pictures; --data brings the size's own."""
+    args = train_fm.parse_arguments(["--size", "t2i"])
+    assert args.resolution == 64 and train_fm.timestep_shift(args) == 1
+    args = train_fm.parse_arguments(["--size", "t2i", "--data", "photos"])
+    assert args.resolution == 1024 and train_fm.timestep_shift(args) == 3
+
+
 def test_muon_is_torchs(monkeypatch):
     """Matrices together, or one after the other as torch.optim.Muon does: the same weights, also after a reload of the state."""
     monkeypatch.setattr(muon, "matmul_dtype", lambda device: torch.bfloat16)  # as torch's, also on a CPU that is slow in it
