@@ -4,9 +4,10 @@
     python -m assets.make_zoo --only fm decoder     # these parts; a second process for them uses a second core
     python -m assets.make_zoo --list                # what is made, when, how long it took
 
-Stop it at any moment and call it again: each part goes on from its last saved state under runs/zoo. assets/zoo/log/ tells of each
-part its command, wall time, machine and commit. A part that is done is not made again; --force deletes what there is of it and
-starts from nothing. Students and decoder are trained by the stages' own commands, printed here, and copied in half precision.
+Stop it at any moment and call it again: teacher, students and decoder go on from their last saved state under runs/zoo; vae and
+text, half an hour, begin anew. assets/zoo/log/ tells of each part its command, wall time, machine and commit. A part that is done
+is not made again; --force deletes what there is of it and starts from nothing. Students and decoder are trained by the stages' own
+commands, printed here, and copied in half precision.
 
 The order is vae, text, then the teacher, which takes longest; fm and decoder need no teacher and may be made beside it. With one
 thread each (OMP_NUM_THREADS=1) two processes share two cores well.
@@ -37,7 +38,7 @@ TRAININGS = {  # part: (main, its command); {out} is --out
     "distill": (distill.main,
                 "distill.py --init {out}/zoo/fm --teacher {out}/toy-sd3 --pictures 60000 --steps 4000 --compile"),
     "step_distill": (step_distill.main, "step_distill.py --init {out}/zoo/distill --teacher {out}/toy-sd3 --pictures 60000 "
-                                        "--steps 1500 --watch 0 --compile"),
+                                        "--steps 3000 --watch 0 --compile"),
 }  # fmt: skip
 NEEDS = {"vae": (), "text": (), "teacher": ("vae", "text"), "fm": ("vae", "text"), "decoder": ("vae",),
          "distill": ("teacher", "fm"), "step_distill": ("teacher", "distill")}  # fmt: skip
@@ -101,7 +102,7 @@ def main(argv=None):
             continue
         if missing := [need for need in NEEDS[part] if "done" not in record_of(need, args)]:
             raise SystemExit(f"{part} needs {' and '.join(missing)} first: python -m assets.make_zoo --only {' '.join(missing)}")
-        print(f"\n{part}: {'going on' if record else 'from nothing'}", flush=True)
+        print(f"\n{part}: {'going on' if record and part not in ('vae', 'text') else 'from nothing'}", flush=True)
         about, save = describe_machine(device), functools.partial(save_json, record, path_of(part, args))
         record |= {"command": f"python {command_of(part, args)}", "machine": about,
                    "commits": list(dict.fromkeys([*record.get("commits", []), about["commit"]]))}  # fmt: skip

@@ -5,7 +5,8 @@
     python -m course.check 2b --solution    # checks ours, in course/solutions; try yourself first
 
 An answer is compared with the project's own code. If it is not right yet there is a hint. Where the exercise is a piece of the
-project, the project's own tests run with your code in its place. Exit status 0: right.
+project, the project's own tests run with your code in its place. Exit status 1: not right yet
+(the list, and the first copy, end with 0).
 """
 
 import re

@@ -64,7 +64,7 @@ def in_words(error, path):
 
 
 def same(a, b):
-    """Whether two values are equal: tensors and numbers within 1e-3 relative or 1e-5, the rest exactly."""
+    """Whether two values are equal: tensors within 1e-3 relative or 1e-5, fractions within three digits, the rest exactly."""
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         try:
             a, b = (torch.as_tensor(x).detach().double() for x in (a, b))
@@ -75,8 +75,8 @@ def same(a, b):
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, bool) or isinstance(b, bool) or isinstance(a, str) or isinstance(b, str):
         return a == b
-    if isinstance(a, int | float) and isinstance(b, int | float):
-        return abs(a - b) <= max(1e-5, 1e-3 * abs(b))
+    if isinstance(a, int | float) and isinstance(b, float):
+        return abs(a - b) <= max(1e-5, 3e-3 * abs(b))
     return a == b
 
 

@@ -141,11 +141,10 @@ def draw_unet():
 
     for i, y in enumerate(bottoms):
         stage(left, y, i, f"down.{i}", cfg.layers), stage(right, y, i, f"up.{last - i}", cfg.layers + 1)
-        arrow(axis, (left + wide, y + high / 2), (right, y + high / 2), f"{cfg.layers + 1} skips" if i < last else "", size=12)
+        arrow(axis, (left + wide, y + high / 2), (right, y + high / 2), f"{cfg.layers + 1} skips", size=12)
         if i < last:
             arrow(axis, (left + wide / 2, y), (left + wide / 2, bottoms[i + 1] + high), "half the side", (11, 0), 12)
             arrow(axis, (right + wide / 2, bottoms[i + 1] + high), (right + wide / 2, y), "twice the side", (11, 0), 12)
-    write(axis, 80, bottoms[last] + high / 2 + 2.4, f"{cfg.layers} skips", 12)
     write(axis, 80, 56.5, "SA: self-attention\nCA: attention to text\nFFN: feed-forward", 12)
     middle = sum(parts[f"mid.{i}"][0] for i in range(3))
     depth = len(net.mid[1].blocks)

@@ -217,7 +217,7 @@ def train(args, stage, flags, name, steps):
 def beside(args, failure, stage, flags, broken_flags, title, columns, scale="linear"):
     """(healthy pictures, broken ones, captions, panel) of a student's training with and without `broken_flags`.
 
-    `columns` of log.csv, one or two, make the panel: the healthy run dashed where there are two.
+    `columns` of log.csv, one or two, make the panel: the second is dashed.
     """
     steps = args.steps or FAILURES[failure].steps
     runs = [train(args, stage, flags, f"{stage}-healthy-{steps}", steps),

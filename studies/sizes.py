@@ -37,7 +37,6 @@ def one_forward(cfg, side, tokens):
     return net, counter
 
 
-@functools.lru_cache
 @functools.cache
 def count(cfg, side, tokens=77):
     """(parameters, MACs of one forward) at a (side, side) latent and 77 text tokens; no weight is allocated."""

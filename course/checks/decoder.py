@@ -16,16 +16,18 @@ def weigh(answer):
     torch.manual_seed(0)
     last = torch.nn.Conv2d(4, 3, 3)
     y = last(torch.randn(2, 4, 8, 8))
-    weight = answer.adaptive_weight(y.square().mean(), 50 * y.abs().mean(), last.weight)
-    return {"the weight": weight.detach(), "whether the weight has a gradient": weight.requires_grad}
+    loss, loss_adv = y.square().mean(), 50 * y.abs().mean()
+    weight, most = (answer.adaptive_weight(loss, adv, last.weight) for adv in (loss_adv, 1e-9 * loss_adv))
+    return {"the weight": weight.detach(), "the weight beside a vanishing gradient": most.detach(),
+            "whether the weight has a gradient": weight.requires_grad}  # fmt: skip
 
 
-def weight_with(upside_down=False, detached=True, squared=False):
+def weight_with(upside_down=False, detached=True, squared=False, most=1e4):
     def adaptive_weight(loss, loss_adv, weight):
         keep = {"retain_graph": True, "create_graph": not detached}
         a, b = (torch.autograd.grad(some, weight, **keep)[0].norm() for some in (loss, loss_adv))
         a, b = (b, a) if upside_down else (a, b)
-        ratio = (a / (b + 1e-8)) ** (2 if squared else 1)
+        ratio = ((a / (b + 1e-8)) ** (2 if squared else 1)).clamp(max=most)
         return ratio.detach() if detached else ratio
 
     return adaptive_weight
@@ -74,7 +76,7 @@ def block_with(order, shortcut=True):
 
 def gan_runs(answer):
     """3e: the decoder without and with much of the adversarial loss."""
-    without, much = (finished(folder, "decoder.py") for folder in (answer.RUN_WITHOUT, answer.RUN_MUCH))
+    without, much = (finished(folder) for folder in (answer.RUN_WITHOUT, answer.RUN_MUCH))
     only_differs(without, much, "gan_weight")
     if without.settings["gan_weight"] != 0 or much.settings["gan_weight"] < 0.4:
         raise Hint("RUN_WITHOUT needs --gan-weight 0, and RUN_MUCH --gan-weight 0.5.")
@@ -114,6 +116,8 @@ EXERCISES = {
             "the weight must be a number, not a function of the weights: .detach() it.":
                 {"adaptive_weight": weight_with(detached=False)},
             "the lengths are norms, not their squares.": {"adaptive_weight": weight_with(squared=True)},
+            "at most 1e4: where the adversarial gradient vanishes, the quotient explodes.":
+                {"adaptive_weight": weight_with(most=float("inf"))},
         },
         probe=weigh, replaces={"decoder.adaptive_weight": "adaptive_weight"},
         tests={"test_decoder.py": ("test_adaptive_weight_makes_gradients_equally_long",)},

@@ -78,7 +78,7 @@ def ratio_with(of_means=True, rate=0.05, at_once=False):
 
 def teacher_runs(answer):
     """4e: the same student and steps, without and with a teacher."""
-    alone, taught = finished(answer.RUN_ALONE, "distill.py --losses task"), finished(answer.RUN_TAUGHT, "distill.py")
+    alone, taught = finished(answer.RUN_ALONE), finished(answer.RUN_TAUGHT)
     if alone.settings["losses"] != "task" or "out" not in taught.settings["losses"]:
         raise Hint("RUN_ALONE needs --losses task, and RUN_TAUGHT the losses of a teacher, which are the default.")
     only_differs(alone, taught, "losses", "teacher")
@@ -109,7 +109,9 @@ EXERCISES = {
             "the data teaches in the middle (a_t L_task), the teacher at the ends ((1 - a_t) ratio L_kd); yours is the other way.":
                 {"scaled": swapped},
             "the ratio is missing: L_kd is much smaller than L_task, and would say nothing.": {"scaled": without_ratio},
-            "a_t must be 1 at its largest: divide the density by its value at t = 0.5.": {"timestep_weight": not_divided},
+            "a_t must be 1 at its largest: divide the density by its value at t = 0.5.":
+                {"timestep_weight": not_divided,
+                 "scaled": lambda task, kd, t, ratio: not_divided(t) * task + (1 - not_divided(t)) * ratio * kd},
             "ratio multiplies L_kd alone, not the whole sum.":
                 {"scaled": lambda task, kd, t, ratio: ratio * distill.scaled(task, kd, t, 1.0)},
         },

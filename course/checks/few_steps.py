@@ -99,7 +99,7 @@ def penalty_with(squared=True, per_value=False, graph=True):
 
 def winning_runs(answer):
     """5e: a discriminator that learns too fast."""
-    calm, wins = (finished(folder, "step_distill.py") for folder in (answer.RUN_CALM, answer.RUN_WINS))
+    calm, wins = (finished(folder) for folder in (answer.RUN_CALM, answer.RUN_WINS))
     only_differs(calm, wins, "heads_lr", "penalty")
     if wins.settings["heads_lr"] < 10 * calm.settings["heads_lr"]:
         raise Hint("give RUN_WINS at least ten times the --heads-lr of RUN_CALM.")

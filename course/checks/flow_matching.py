@@ -73,7 +73,7 @@ def normal_cdf(x):
 
 def memory_runs(answer):
     """2e: the same training on few and on many pictures."""
-    few, many = finished(answer.RUN_FEW, "train_fm.py --pictures 64"), finished(answer.RUN_MANY, "train_fm.py --pictures 20000")
+    few, many = finished(answer.RUN_FEW), finished(answer.RUN_MANY)
     only_differs(few, many, "pictures")
     counts = [int(run.settings["pictures"].split("-")[3]) for run in (few, many)]
     if counts != sorted(counts) or counts[0] > 100 or counts[1] < 10_000:

@@ -16,7 +16,7 @@ PARAMETERS = 379.7
 
 
 def group(answer):
-    """A GroupNorm with given gain and offset, on values that float16 can hold, and whose squares it cannot."""
+    """A GroupNorm with given gain and offset, on a picture of random numbers."""
     torch.manual_seed(0)
     norm = nn.GroupNorm(4, 12)
     nn.init.uniform_(norm.weight, 0.5, 2.0), nn.init.normal_(norm.bias)
@@ -49,14 +49,14 @@ def gain_before_shape(self, x):
 
 def attend(answer):
     """The weights that a softmax in half precision gives to three tokens, of which the last is padding."""
-    logits, mask = torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[1.0, 1.0, 0.0]])
+    logits, mask = torch.tensor([[1.0, 2.0, 9.0], [1.0, 2.0, 100.0]]), torch.tensor([[1.0, 1.0, 0.0]] * 2)
     bias = answer.as_bias(mask.half())
     return {"the weights of three tokens, of which the last is padding": (logits.half() + bias).softmax(-1).float(),
             "the kind of number": str(bias.dtype)}  # fmt: skip
 
 
 def turn(answer):
-    """The attention of one block in (B, C, 1, S)."""
+    """A linear layer as a convolution on (B, C, 1, S)."""
     torch.manual_seed(0)
     linear = nn.Linear(6, 10)
     x = torch.randn(2, 6, 1, 7)
@@ -104,6 +104,8 @@ def bits_runs(answer):
             raise Hint(f"{folder} has weights of {plan['nbits']} bits, not {bits}.")
     said("MORE_DECIBELS", answer.MORE_DECIBELS, decibels, lowest=False)
     lost = decibels[6] - decibels[4]
+    if not isinstance(answer.LOST_PER_BIT, int | float):
+        raise Hint("LOST_PER_BIT is still empty: write a number there.")
     if abs(answer.LOST_PER_BIT - lost / 2) > 0.3:
         raise Hint(f"LOST_PER_BIT is {answer.LOST_PER_BIT}, but from 6 to 4 bits your UNet loses {lost:.1f} dB.")
 

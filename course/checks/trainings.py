@@ -29,7 +29,7 @@ class Training:
         return float(np.median(self.column(name)))
 
 
-def finished(folder, command):
+def finished(folder):
     """The Training in a folder. Raises Hint if there is none, or if it has not come to its end."""
     folder = Path(str(folder))
     try:
@@ -37,7 +37,7 @@ def finished(folder, command):
         table = Log(folder / "log.csv", resume_step=10**9)
         settings, steps = config["settings"], config["step"]
     except (OSError, ValueError, KeyError, IndexError):
-        raise Hint(f"{folder} holds no run with a log yet: python {command} --out {folder} makes it.") from None
+        raise Hint(f"{folder} holds no run with a log yet: run the exercise's own command, with --out {folder}.") from None
     if steps < settings["steps"]:
         raise Hint(f"{folder} is at step {steps} of {settings['steps']}: run its command with --resume.")
     return Training(folder, settings, table)

@@ -3,7 +3,7 @@
 The adversarial loss and the others have gradients of very different lengths, and the shorter one is drowned. So the adversarial
 loss is weighted such that at the last layer both gradients are equally long:
 
-    w = |grad of loss| / (|grad of loss_adv| + 1e-8), at most 1e4, a number without a gradient
+    w = |grad of loss| / (|grad of loss_adv| + 1e-8), at most 1e4: a tensor, detached
 """
 
 import torch

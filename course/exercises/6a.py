@@ -1,4 +1,4 @@
-"""6a  What fits into a phone, and into a half-precision number.
+"""6a  What fits into a phone, and into a half-precision number. Three digits are enough.
 
 MEGABYTES_16    10^6 bytes of the UNet's 379.7 million weights in 16 bits
 MEGABYTES_6     the same in 6 bits (tables not counted)
