@@ -293,7 +293,12 @@ def train(args, cfg=None):
     run.keep([*decoder_optimizers, *discriminator_optimizers], {"pictures": pictures.name, "vae": autoencoder.fingerprint("vae"),
              "shape": json.loads(json.dumps(asdict(cfg)))}, model=decoder, ema=ema, discriminator=discriminator)  # fmt: skip
     held_out = to_tensor([validation[i][0] for i in range(min(len(validation), 64))]).to(run.device)
-    held_out_latents = autoencoder.encode_pictures(held_out)
+    at_once = max(1, 64 * SIDE**2 // math.prod(held_out.shape[2:]))  # of large pictures one at a time
+    held_out_latents = torch.cat([autoencoder.encode_pictures(x) for x in held_out.split(at_once)])
+
+    def val_psnr():
+        pairs = zip(held_out_latents.split(at_once), held_out.split(at_once), strict=True)
+        return torch.cat([psnr(ema.decode_latents(z), x) for z, x in pairs]).mean().item()
 
     for step, crops in run.steps(lambda step: random_crops(pictures, args, step, pool, run.rows)):
         x = move(crops, run.device).x.contiguous(memory_format=torch.channels_last)
@@ -327,8 +332,7 @@ def train(args, cfg=None):
         if run.due():
             if run.main:
                 save_atomically(side_by_side(validation, autoencoder, ema, run.device, count=6).save, run.out / "compare.png")
-            run.save(ema, kind="decoder", plot=plot,
-                     measure=lambda: {"val_psnr": psnr(ema.decode_latents(held_out_latents), held_out).mean().item()})  # fmt: skip
+            run.save(ema, kind="decoder", plot=plot, measure=lambda: {"val_psnr": val_psnr()})
 
 
 def plot(table, out):

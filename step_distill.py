@@ -67,7 +67,7 @@ def solve(teacher, x_t, t, ids, guidance, shift, steps=8):
     """
     times, x0 = flow.sampling_timesteps(steps, shift), x_t.clone()
     for now, then in zip(times[:-1], times[1:], strict=True):
-        on_way = t > then + 1e-4
+        on_way = (t > then + 1e-4).cpu()  # captions are counted in the CPU's memory
         if on_way.any():
             start = t[on_way].clamp(max=now.item())
             v, _ = teacher(x0[on_way], start, ids[on_way], guidance)

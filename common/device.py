@@ -11,7 +11,8 @@ import torch
 
 def pick_device(name=None):
     """cuda, else mps, else cpu; or the one that is named. Raises SystemExit when that one is not there."""
-    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # ranks cannot talk through an Apple GPU, and would share one
+    found = "cuda" if torch.cuda.is_available() else "mps" if alone and torch.backends.mps.is_available() else "cpu"
     if found == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each rank
         found = f"cuda:{os.environ['LOCAL_RANK']}"
     try:

@@ -265,10 +265,11 @@ def ablate(args):
         autoencoder = FrozenAutoencoder(args.vae, device)
         _, validation = open_pictures(args)
         x = to_tensor([validation[i][0] for i in range(min(len(validation), 256))]).to(device)
-        latents = autoencoder.encode_pictures(x)
+        latents = torch.cat([autoencoder.encode_pictures(part) for part in x.split(32)])
         params, macs = count_decoder(net.cfg, latents.shape[2])
+        quality = [psnr(net.decode_latents(z), part) for z, part in zip(latents.split(32), x.split(32), strict=True)]
         rows[name] = {"params": params, "macs": macs, "ms": milliseconds(net.decode_latents, latents[:1]),
-                      "psnr": psnr(net.decode_latents(latents), x).mean().item()}  # fmt: skip
+                      "psnr": torch.cat(quality).mean().item()}  # fmt: skip
     print(f"\n{args.steps} steps of {args.batch} crops, seed {args.seed}, {describe_machine(device)}")
     print(f"{'':24}{'params M':>10}{'MMACs':>9}{'ms':>8}{'PSNR dB':>9}")
     for name, row in rows.items():

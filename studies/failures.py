@@ -38,7 +38,7 @@ import step_distill
 import train_fm
 from common.arguments import Parser, add_device, integer
 from common.checkpoint import load_student, save_atomically, save_json
-from common.device import describe_machine, pick_device
+from common.device import describe_machine, move, pick_device
 from common.distances import psnr
 from common.encoders import FrozenEncoders, hash_folders
 from common.figures import pyplot
@@ -281,9 +281,9 @@ def agreement(args, name):
     def measure():
         device, flags = args.device, distill.parse_arguments(["--pictures", "256", "--device", str(args.device)])
         data, _ = open_data(flags, encoders(device))
-        teacher, sums = Teacher(TOY, data, device), torch.zeros(BINS, 3)
+        teacher, sums = Teacher(TOY, data, device), torch.zeros(BINS, 3, device=device)
         for step in range(4):
-            batch = noisy_batch(data, 0, step, 64, shift=1.0, caption_dropout=0.0)
+            batch = move(noisy_batch(data, 0, step, 64, shift=1.0, caption_dropout=0.0), device)
             v = predict(student("fm", device)[0], batch)
             v_teacher, _ = teacher(batch.x_t, batch.t, batch.ids)
             cosine = torch.cosine_similarity(v.flatten(1), v_teacher.flatten(1))

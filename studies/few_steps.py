@@ -14,11 +14,11 @@ import step_distill
 from common import arguments, parallel
 from common.arguments import integer
 from common.checkpoint import latest, save_atomically, save_json
-from common.device import describe_machine, pick_device
+from common.device import autocast, describe_machine, pick_device
 from common.encoders import FrozenEncoders
 from common.figures import captioned_grid
-from common.pictures import to_pictures
 from evaluate import prompts_of
+from sample import decode
 from studies.students import describe_rows, draw_with_teacher, load_students, noise_for, score_once, train_rows
 
 ROWS = {
@@ -56,12 +56,13 @@ def compare(args):
         captions = prompts * copies
         text, empty = (encoders.student_text(c, model.cfg.text_dim) for c in (captions, [""] * len(captions)))
         start, x = time.perf_counter(), noise.repeat(copies, 1, 1, 1)
-        latents = flow.euler_sample(model, x, text, empty, steps, guidance, config["sampling"]["shift"])
+        with autocast(noise.device):
+            latents = flow.euler_sample(model, x, text, empty, steps, guidance, config["sampling"]["shift"])
         latents.sum().item()  # waits for a GPU
         return latents, (time.perf_counter() - start) / len(captions)
 
     for kind in kinds:
-        columns[kind] = to_pictures(encoders.decode_latents(draw(kind, 1)[0]))
+        columns[kind] = decode(encoders, draw(kind, 1)[0])
     rows = [[column[k] for column in columns.values()] for k in range(len(prompts))]
     grid = captioned_grid(rows, [f"{prompt}: {' | '.join(columns)}" for prompt in prompts], scale=2)
     save_atomically(grid.save, args.out / "compare.png")

@@ -14,7 +14,7 @@ import flow
 from common import arguments, parallel
 from common.arguments import integer
 from common.checkpoint import latest, save_atomically, save_json
-from common.device import pick_device
+from common.device import half, pick_device
 from common.encoders import FrozenEncoders
 from common.figures import captioned_grid, pyplot, save_figure
 from common.run import Log
@@ -45,7 +45,7 @@ def plot_scaling(args):
     ((model, _),), encoders = load_students([args.plot_scaling], args)
     device = encoders.device
     _, val = open_data(args, encoders)
-    teacher = Teacher(args.teacher, val, device)
+    teacher = Teacher(args.teacher, val, device, half(device))
     times, rows = torch.linspace(0.025, 0.975, 20), []
     for i, t in enumerate(tqdm(times, desc="measuring", disable=None)):
         x0, ids = val.pictures(torch.arange(min(args.batch, len(val))))

@@ -115,8 +115,8 @@ def train(name, lr, args, data, val, encoders, prompts):
     config = {"latent_size": list(data.shape[1:]), "sampling": sampling_settings(args)}
     rows, seconds, step, total = [], 0.0, 0, 60 * args.minutes
     bar = tqdm(total=round(total), desc=name, unit=" s", mininterval=1, disable=None)
-    while seconds < total:
-        if step == 3:  # torch.compile and the caches have warmed up
+    while step <= 3 or seconds < total:
+        if step == 3:  # torch.compile and the caches have warmed up: now the time counts
             seconds = 0.0
         start = time.perf_counter()
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):
@@ -133,7 +133,7 @@ def train(name, lr, args, data, val, encoders, prompts):
             raise SystemExit(f"the loss of {name} became NaN at step {step} with --lr {lr:g}: choose a lower one.")
         step, seconds = step + 1, seconds + time.perf_counter() - start
         bar.update(min(round(seconds), bar.total) - bar.n)
-        if seconds >= total * (len(rows) + 1) / args.points:
+        if step > 3 and seconds >= total * (len(rows) + 1) / args.points:
             pictures = draw_pictures(ema, config, encoders, prompts, range(len(prompts)))
             rows.append({"minutes": seconds / 60, "step": step, "val_loss": validate(ema, val, shift, device),
                          "score": score(pictures, prompts)["overall"]})  # fmt: skip

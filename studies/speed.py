@@ -4,7 +4,7 @@ Weights, latents and text are random, since speed does not depend on what they h
 pictures and text are read from shards, ahead of the step as in training: if that is slower than the GPU, it shows here.
 
     python -m studies.speed --size imagenet --batch 64                 # stages 1 to 3
-    python -m studies.speed --size t2i --batch 8 --teacher sd3.5-large # with an 8 B teacher in bfloat16 (40 GB of GPU memory)
+    python -m studies.speed --size t2i --batch 8 --teacher sd3.5-large --checkpointing   # with an 8 B teacher in bfloat16
     python -m studies.speed --size t2i --batch 256 --data /data/t2i-256 --stages 1    # reading included
     python -m studies.speed --size imagenet --batch 2 --device cpu --stages 1     # minutes, not hours, on a laptop
 
@@ -221,20 +221,21 @@ def bench_stages(args, device, cfg, side, peak):
             model = UNet(cfg).to(device)
             if mode != "eager":
                 model = model.to(memory_format=torch.channels_last)
-            step = make_stage(stage, model, model, data, teacher, device, args)
             model.checkpointing = False
-            with CountFlops() as counter:
-                step(0)
+            one = argparse.Namespace(**{**vars(args), "batch": 1})
+            with CountFlops() as counter:  # of one picture: it fits where only checkpointing makes the batch fit
+                make_stage(stage, model, model, data, teacher, device, one)(0)
+            flops = counter.total * args.batch
             model.checkpointing = args.checkpointing
-            if mode == "compile":
-                step = make_stage(stage, model, torch.compile(model), data, teacher, device, args)
+            if teacher and args.checkpointing:
+                teacher.net.enable_gradient_checkpointing()
+            step = make_stage(stage, model, torch.compile(model) if mode == "compile" else model, data, teacher, device, args)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             seconds = median_seconds(step, device, args.rounds)
             memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
             space = f"{memory:8.1f} GB" if memory else ""  # only a GPU counts it
-            flops = counter.total
             rows.append({"stage": stage, "mode": mode, "pictures_per_second": args.batch / seconds, "memory_gb": memory,
                          "tflops_per_step": flops / 1e12, "share_of_peak": flops / seconds / peak})  # fmt: skip
             print(f"stage {stage}, {mode:14}{args.batch / seconds:10.2f} pictures/s{seconds:9.3f} s a step{space}"

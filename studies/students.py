@@ -6,13 +6,12 @@ import json
 import torch
 
 from common.checkpoint import check_encoders, load_student, save_json
-from common.device import describe_machine, pick_device
+from common.device import describe_machine, half, pick_device
 from common.encoders import FrozenEncoders
-from common.pictures import to_pictures
 from common.seeds import rng
 from data import Latents
 from evaluate import prompts_of, score
-from sample import draw_pictures
+from sample import decode, draw_pictures
 from step_distill import solve
 from teacher import Teacher
 
@@ -36,10 +35,10 @@ def encode_prompts(prompts, encoders):
 def draw_with_teacher(args, encoders, prompts, noise, shift):
     """What the teacher draws in 28 guided steps from the noise (B, C, H, W): B pictures."""
     text = encode_prompts(prompts, encoders)
-    teacher = Teacher(args.teacher, text, noise.device)
+    teacher = Teacher(args.teacher, text, noise.device, half(noise.device))
     ids = torch.tensor([text.captions.index(prompt) for prompt in prompts])
     latents = solve(teacher, noise, torch.ones(len(ids)), ids, 3.0, shift, 28)
-    return to_pictures(encoders.decode_latents(latents))
+    return decode(encoders, latents)
 
 
 def noise_for(prompts, seed, config, encoders):
