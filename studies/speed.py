@@ -9,7 +9,8 @@ pictures and text are read from shards, ahead of the step as in training: if tha
     python -m studies.speed --size imagenet --batch 2 --device cpu --stages 1     # minutes, not hours, on a laptop
 
 "Model FLOPs" are counted by torch.utils.flop_counter in one eager step: matrix products, convolutions and attention, forward and
-backward, of all networks, without what --checkpointing computes twice. The peak is what a product of two 8192 x 8192 matrices
+backward, of all networks, without what --checkpointing computes twice (with it they are those of one picture, times the batch; in
+stage 3 the student's way from noise differs from picture to picture). The peak is what a product of two 8192 x 8192 matrices
 reaches here in the training's precision, and what the maker says where we know it.
 """
 
@@ -222,10 +223,11 @@ def bench_stages(args, device, cfg, side, peak):
             if mode != "eager":
                 model = model.to(memory_format=torch.channels_last)
             model.checkpointing = False
-            one = argparse.Namespace(**{**vars(args), "batch": 1})
-            with CountFlops() as counter:  # of one picture: it fits where only checkpointing makes the batch fit
-                make_stage(stage, model, model, data, teacher, device, one)(0)
-            flops = counter.total * args.batch
+            counted = 1 if args.checkpointing else args.batch  # without it a batch may not fit; one picture does
+            with CountFlops() as counter:
+                few = argparse.Namespace(**{**vars(args), "batch": counted})
+                make_stage(stage, model, model, data, teacher, device, few)(0)
+            flops = counter.total * args.batch / counted
             model.checkpointing = args.checkpointing
             if teacher and args.checkpointing:
                 teacher.net.enable_gradient_checkpointing()
