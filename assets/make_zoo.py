@@ -38,7 +38,7 @@ TRAININGS = {  # part: (main, its command); {out} is --out
     "distill": (distill.main,
                 "distill.py --init {out}/zoo/fm --teacher {out}/toy-sd3 --pictures 60000 --steps 4000 --compile"),
     "step_distill": (step_distill.main, "step_distill.py --init {out}/zoo/distill --teacher {out}/toy-sd3 --pictures 60000 "
-                                        "--steps 3000 --watch 0 --compile"),
+                                        "--steps 2000 --watch 0 --compile"),
 }  # fmt: skip
 NEEDS = {"vae": (), "text": (), "teacher": ("vae", "text"), "fm": ("vae", "text"), "decoder": ("vae",),
          "distill": ("teacher", "fm"), "step_distill": ("teacher", "distill")}  # fmt: skip
