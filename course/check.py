@@ -40,7 +40,7 @@ def verdict(number):
         return ""
     try:
         check(EXERCISES[number], load_answer(path), path)
-    except Hint:
+    except Exception:  # one answer that stops in an unforeseen way must not end the list
         return "not yet"
     return "right"
 

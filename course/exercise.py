@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,7 +48,7 @@ def load_answer(path):
         spec.loader.exec_module(module)
     except SyntaxError as error:
         raise Hint(f"{path}, line {error.lineno}, is not Python: {error.msg}.") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Hint(in_words(error, path)) from None
     return module
 
@@ -63,15 +64,37 @@ def in_words(error, path):
     return f"{where} stops with {type(error).__name__}{': ' + message if message else ''}."
 
 
+class Called(TorchFunctionMode):
+    """`with Called() as called:` collects the names of torch's functions that an answer calls, in `called.names`."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.add(getattr(function, "__name__", ""))
+        return function(*args, **(kwargs or {}))
+
+
+def plain(value):
+    """An answer without numpy: its numbers and arrays, also inside lists, as Python's own."""
+    if hasattr(value, "tolist") and not isinstance(value, torch.Tensor):
+        value = value.tolist()
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
 def same(a, b):
     """Whether two values are equal: tensors within 1e-3 relative or 1e-5, fractions within three digits, the rest exactly."""
+    a, b = plain(a), plain(b)
+    if isinstance(a, torch.Tensor) and a.numel() == 1 and isinstance(b, int | float):
+        a = a.item()
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         try:
             a, b = (torch.as_tensor(x).detach().double() for x in (a, b))
         except (TypeError, ValueError, RuntimeError):
             return False
         return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+    if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, bool) or isinstance(b, bool) or isinstance(a, str) or isinstance(b, str):
         return a == b
@@ -82,7 +105,8 @@ def same(a, b):
 
 def difference(what, got, right):
     """A general hint, which does not give the answer away."""
-    if got is None or got is ... or isinstance(got, list | tuple) and None in got:
+    got = plain(got)
+    if got is None or got is ... or isinstance(got, list) and any(x is None for x in got):
         return f"{what} is still empty: write your answer there."
     if isinstance(right, torch.Tensor):
         if not isinstance(got, torch.Tensor):
@@ -145,7 +169,7 @@ def check(exercise, answer, path=Path("answer")):
     right = probe(SimpleNamespace(**exercise.right))
     try:
         got = probe(answer)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Hint(in_words(error, path)) from None
     wrong = [what for what in right if not same(got[what], right[what])]
     for hint, changes in exercise.mistakes.items() if wrong else ():

@@ -62,6 +62,43 @@ def test_the_projects_own_tests_see_the_answer(monkeypatch):
     assert flow.logit_normal_timesteps is original
 
 
+@pytest.mark.parametrize(("number", "text"), [
+    ("2a", "import numpy as np\nSHIFTED, BEFORE, SHARE = np.float32(0.75), np.float64(0.75), np.float32(0.864)"),
+    ("2b", "from flow import expand, velocity, x0_from_velocity\n"
+           "def interpolate(x0, eps, t):\n    return x0 + expand(t, x0) * (eps - x0)"),
+    ("2d", "import flow\ndef euler_sample(model, noise, text, empty, steps=28, guidance=3.0, shift=1.0):\n"
+           "    times, x = flow.sampling_timesteps(steps, shift), noise\n"
+           "    for now, then in zip(times[:-1], times[1:]):\n"
+           "        v = model(x, now.expand(len(x)), *text)\n"
+           "        if guidance != 1:\n"
+           "            v = flow.guide(v, model(x, now.expand(len(x)), *empty), guidance)\n"
+           "        x += (then - now) * v\n"
+           "    return x"),
+    ("4a", "import numpy as np, torch\nfrom distill import timestep_weight\n"
+           "A = [timestep_weight(torch.tensor([t])) for t in (0.5, 0.75, 0.9)]\nPULL = (1 - A[-1]) * 30"),
+    ("5a", "import numpy as np\nfrom course.checks.few_steps import EXERCISES\nright = EXERCISES['5a'].right\n"
+           "TIMES, A, FORWARDS_BEFORE, FORWARDS_AFTER = np.array(right['TIMES']), np.array(right['A']), np.int64(56), 4"),
+])  # fmt: skip
+def test_other_forms_of_a_right_answer_are_right(number, text, tmp_path):
+    path = tmp_path / f"{number}.py"
+    path.write_text(text, encoding="utf-8")
+    exercise.check(EXERCISES[number], exercise.load_answer(path), path)
+
+
+@pytest.mark.parametrize(("number", "text", "hint"), [
+    ("2a", "import numpy as np\nSHIFTED = BEFORE = SHARE = np.array([0.75, 0.75])", "not right yet"),
+    ("2a", "import sys\nsys.exit()", "stops with SystemExit"),
+    ("1b", "from model import Attention", "by F.scaled_dot_product_attention"),
+    ("6b", "import torch\nfrom coreml import layers\nclass LayerNormGroups(layers.LayerNormGroups):\n    def forward(self, x):\n"
+           "        return torch.group_norm(x, self.groups, self.weight, self.bias, self.eps)", "GroupNorm as it was"),
+])  # fmt: skip
+def test_what_the_text_forbids_is_not_right(number, text, hint, tmp_path):
+    path = tmp_path / f"{number}.py"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(Hint, match=hint):
+        exercise.check(EXERCISES[number], exercise.load_answer(path), path)
+
+
 @pytest.mark.parametrize(("text", "sentence"), [
     ("def velocity(", "line 1, is not Python"),
     ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),

@@ -79,7 +79,7 @@ def test_solve_from_noise_is_the_sampler():
     def bent(x, t, *_):
         return torch.sin(3 * x) + flow.expand(t, x) ** 2
 
-    solved = step_distill.solve(lambda x, t, ids, g: (bent(x, t), []), noise, torch.ones(3), ids, 1.0, 3.0, steps=8)
+    solved = step_distill.solve(lambda x, t, ids, guidance: (bent(x, t), []), noise, torch.ones(3), ids, 1.0, 3.0, steps=8)
     sampled = flow.euler_sample(bent, noise, (ids,), (ids,), 8, 1, 3.0)
     assert torch.allclose(solved, sampled, atol=1e-5)
 

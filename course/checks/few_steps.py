@@ -80,15 +80,17 @@ def solver(sign=1, everyone=False, guided=True, from_one=False):
 
 def slope(answer):
     torch.manual_seed(0)
-    discriminator, features = step_distill.Discriminator(Features()), [torch.randn(2, 16, 4, 4) for _ in range(2)]
-    penalty, logits = answer.gradient_penalty(discriminator, features)
+    discriminator, latents = step_distill.Discriminator(Features()), torch.randn(2, 16, 4, 4, requires_grad=True)
+    penalty, logits = answer.gradient_penalty(discriminator, [latents.sin(), latents.cos()])
+    if penalty.requires_grad:
+        penalty.backward()
     return {"the penalty": penalty.detach(), "the logits": logits.detach(),
-            "whether the penalty has a gradient": penalty.requires_grad}  # fmt: skip
+            "whether the penalty has a gradient": penalty.requires_grad, "whether the features are detached": latents.grad is None}  # fmt: skip
 
 
-def penalty_with(squared=True, per_value=False, graph=True):
+def penalty_with(squared=True, per_value=False, graph=True, detached=True):
     def gradient_penalty(discriminator, features):
-        features = [f.detach().requires_grad_() for f in features]
+        features = [(f.detach() if detached else f).requires_grad_() for f in features]
         logits = discriminator.logits(features)
         gradients = torch.autograd.grad(logits.sum(), features, create_graph=graph, retain_graph=True)
         lengths = [(g.square().mean(1) if per_value else g.square().sum(1)) for g in gradients]
@@ -148,7 +150,7 @@ EXERCISES = {
         mistakes={
             "the target is guided: hand `guidance` to the teacher.": {"solve": solver(guided=False)},
             "time falls from now to then, so the step (then - start) is negative.": {"solve": solver(sign=-1)},
-            "a picture at t joins when the grid has come down to t: choose the rows with t > then.":
+            "a picture at t joins when the grid has come down to t: only the rows with t > then go through the teacher.":
                 {"solve": solver(everyone=True)},
             "a picture's first step begins at its own t, between now and then: clamp t to at most `now`.":
                 {"solve": solver(from_one=True)},
@@ -164,6 +166,8 @@ EXERCISES = {
             "the square is summed over the channels of a token, and averaged over tokens and pictures.":
                 {"gradient_penalty": penalty_with(per_value=True)},
             "the penalty must itself have a gradient: create_graph=True.": {"gradient_penalty": penalty_with(graph=False)},
+            "the slope is the heads' own: detach the features first, or the penalty also pulls at what made them.":
+                {"gradient_penalty": penalty_with(detached=False)},
         },
         probe=slope, replaces={"step_distill.gradient_penalty": "gradient_penalty"},
         tests={"test_step_distill.py": ("test_gradient_penalty_is_the_squared_slope_on_real_features",)},

@@ -63,8 +63,8 @@ def sample(answer):
     def bent(x, t, label):
         return torch.sin(3 * x) + flow.expand(t, x) ** 2 + flow.expand(label, x)
 
-    return {"a drawing without guidance": answer.euler_sample(bent, noise, text, empty, 4, 1, 3.0),
-            "a drawing with guidance 3": answer.euler_sample(bent, noise, text, empty, 4, 3.0, 3.0)}  # fmt: skip
+    return {"a drawing without guidance": answer.euler_sample(bent, noise.clone(), text, empty, 4, 1, 3.0),
+            "a drawing with guidance 3": answer.euler_sample(bent, noise.clone(), text, empty, 4, 3.0, 3.0)}  # fmt: skip
 
 
 def normal_cdf(x):

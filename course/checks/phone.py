@@ -10,18 +10,24 @@ from torch import nn
 
 from coreml import layers
 from course.checks.trainings import said
-from course.exercise import Exercise, Hint
+from course.exercise import Called, Exercise, Hint
 
 PARAMETERS = 379.7
 
 
 def group(answer):
-    """A GroupNorm with given gain and offset, on a picture of random numbers."""
+    """A GroupNorm with given gain and offset, on a picture of random numbers, and in half precision on one of large numbers."""
     torch.manual_seed(0)
     norm = nn.GroupNorm(4, 12)
     nn.init.uniform_(norm.weight, 0.5, 2.0), nn.init.normal_(norm.bias)
+    x = torch.randn(2, 12, 5, 7)
+    with torch.no_grad(), Called() as called:
+        picture, right = answer.LayerNormGroups(norm)(3 * x + 1), F.group_norm(x, 4, norm.weight, norm.bias)
+        names = called.names
     with torch.no_grad():
-        return {"the normalised picture": answer.LayerNormGroups(norm)(3 * torch.randn(2, 12, 5, 7) + 1)}
+        large = answer.LayerNormGroups(norm.half())((1000 * x).half())
+    return {"the normalised picture": picture, "whether float16 holds what is computed": bool((large - right).abs().max() < 0.02),
+            "whether F.layer_norm computes it": "layer_norm" in names}  # fmt: skip
 
 
 def norm_with(normalise):
@@ -45,6 +51,18 @@ def gain_before_shape(self, x):
     """One group of all channels."""
     h = F.layer_norm(x, x.shape[1:], eps=self.eps)
     return h * self.weight[None, :, None, None] + self.bias[None, :, None, None]
+
+
+def written_out(self, x):
+    """What a converter makes of GroupNorm."""
+    h = x.reshape(len(x), self.groups, -1)
+    h = h - h.mean(-1, keepdim=True)
+    h = (h / (h.square().mean(-1, keepdim=True) + self.eps).sqrt()).reshape(x.shape)
+    return h * self.weight[None, :, None, None] + self.bias[None, :, None, None]
+
+
+def as_it_was(self, x):
+    return F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
 
 
 def attend(answer):
@@ -104,9 +122,11 @@ def bits_runs(answer):
             raise Hint(f"{folder} has weights of {plan['nbits']} bits, not {bits}.")
     said("MORE_DECIBELS", answer.MORE_DECIBELS, decibels, lowest=False)
     lost = decibels[6] - decibels[4]
-    if not isinstance(answer.LOST_PER_BIT, int | float):
-        raise Hint("LOST_PER_BIT is still empty: write a number there.")
-    if abs(answer.LOST_PER_BIT - lost / 2) > 0.3:
+    try:
+        said_lost = float(answer.LOST_PER_BIT)
+    except (TypeError, ValueError):
+        raise Hint("LOST_PER_BIT is still empty: write a number there.") from None
+    if not abs(said_lost - lost / 2) <= 0.3:
         raise Hint(f"LOST_PER_BIT is {answer.LOST_PER_BIT}, but from 6 to 4 bits your UNet loses {lost:.1f} dB.")
 
 
@@ -134,6 +154,10 @@ EXERCISES = {
             "the gain and the offset of each channel are missing.": {"LayerNormGroups": norm_with(no_gain)},
             "there are several groups, each with a mean of its own; yours are all one.":
                 {"LayerNormGroups": norm_with(gain_before_shape)},
+            "that is GroupNorm as it was, and becomes nine operations: reshape, and call F.layer_norm.":
+                {"LayerNormGroups": norm_with(as_it_was)},
+            "squares of differences overflow float16: leave sums and squares to one F.layer_norm.":
+                {"LayerNormGroups": norm_with(written_out)},
         },
         probe=group, replaces={"coreml.layers.LayerNormGroups": "LayerNormGroups"},
         tests={"test_export_coreml.py": ("test_group_norm_as_layer_norm",)},

@@ -4,7 +4,7 @@ import torch
 
 import model
 from course.checks.trainings import finished, only_differs, said
-from course.exercise import Exercise, Hint
+from course.exercise import Called, Exercise, Hint
 from model import UNetConfig, conv3x3
 
 FULL, SEPARABLE = (conv3x3(UNetConfig(separable=separable), 256, 512) for separable in (False, True))
@@ -37,8 +37,9 @@ def attend(answer):
     layer = answer.Attention(cfg, 64, context_dim=24)
     x, context = torch.randn(2, 6, 64), torch.randn(2, 5, 24)
     mask = torch.tensor([[True] * 5, [True, True, False, True, False]])[:, None, None, :]
-    with torch.no_grad():
-        return {"the output without a mask": layer(x, context), "the output with a mask": layer(x, context, mask)}
+    with torch.no_grad(), Called() as called:
+        return {"the output without a mask": layer(x, context), "the output with a mask": layer(x, context, mask),
+                "whether it is written out": "scaled_dot_product_attention" not in called.names}  # fmt: skip
 
 
 def turn(answer):
@@ -90,7 +91,7 @@ EXERCISES = {
     ),
     "1b": Exercise(
         "Write multi-query attention",
-        right={"Attention": model.Attention},
+        right={"Attention": attention_with()},
         mistakes={
             "the logits are divided by the square root of the width of *one head*, not of all channels.":
                 {"Attention": attention_with(scale=64)},
@@ -98,6 +99,7 @@ EXERCISES = {
                 {"Attention": attention_with(axis=-2)},
             "the mask is not used: a token of padding (False) must get the weight 0, so its logit is -inf before the softmax.":
                 {"Attention": attention_with(masked=False)},
+            "right, but by F.scaled_dot_product_attention: write out what it computes.": {"Attention": model.Attention},
         },
         probe=attend, replaces={"model.Attention": "Attention"},
         tests={"test_model.py": ("test_multi_query_attention_is_the_written_out_loop",)},

@@ -2,7 +2,7 @@
 
 Where does the teacher's guided path lead from x_t? Euler steps on the sampler's own grid of times. Each row of the batch has its
 own t: a row joins when the grid has come down to it, and its first step begins at its own t. So a row at t = 1 takes all steps, and
-one at t = 0.5 only the last few.
+one at t = 0.5 only the last few. A teacher is dear: only rows on their way go through it, all of them in one forward a step.
 """
 
 import torch
