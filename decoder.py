@@ -349,7 +349,8 @@ def make_parser(doc=__doc__, example="python decoder.py --steps 1000 --out runs/
     p.add_argument("--init", metavar="DIR", help="start from this decoder's weights instead of random ones")
     # data
     p.add_argument("--data", metavar="DIR", help="folder of pictures, captions or not; without it, the shapes world")
-    p.add_argument("--resolution", type=integer(16), help="--data is scaled and centre-cropped to it; default: 64 or 512 by --size")
+    p.add_argument("--resolution", type=integer(16, multiple=8),
+                   help="--data is scaled and centre-cropped to it; default: 64 or 512 by --size")  # fmt: skip
     p.add_argument("--patch", type=integer(16, multiple=8), help="side of the random crops; default: 48 or 256 by --size")
     p.add_argument("--workers", type=integer(1), default=8, help="threads of each process that open pictures, ahead of the GPU")
     # optimisation

@@ -161,7 +161,8 @@ def train(args):
     phi_optimizers = make_optimizers(projector, args.lr, args.optimizer) if projector else []
     kept = {"model": student, "ema": ema, "ratios": ratios} | ({"projector": projector} if projector else {})
     parts = [*encoders.parts, "transformer"] if teacher else encoders.parts
-    run.keep([*optimizers, *phi_optimizers], {"pictures": data.name, "teacher": encoders.fingerprint(*parts)}, **kept)
+    weights = {"teacher": encoders.fingerprint(*parts)} | ({"gemma": encoders.gemma.fingerprint()} if encoders.gemma else {})
+    run.keep([*optimizers, *phi_optimizers], {"pictures": data.name, **weights}, **kept)
     forward = run.wrap(student)
     if args.compile and teacher:
         teacher.compile()

@@ -8,7 +8,7 @@ four shapes and says nothing about photographs: it is called mini-GenEval everyw
     python evaluate.py assets/toy-sd3                # a diffusers pipeline, drawn by diffusers: the teacher
     python evaluate.py assets/zoo/fm --kid           # also: distance to the world's own pictures (KID), and diversity
     python evaluate.py drawn/                        # a folder of pictures with captions (from sample.py --prompts)
-    python evaluate.py drawn/ --fid real/            # FID and KID of two folders of any pictures, by torch-fidelity
+    python evaluate.py drawn/ --fid real/            # FID and KID of two folders of pictures of one size, by torch-fidelity
     python evaluate.py --detector                    # the detector itself, on 1,000 pictures whose truth is known
 
 Beside each score stands its chance level: the same pictures judged by the other captions of their family. `novel` are
@@ -179,8 +179,9 @@ def interval(right, n):
 def score(pictures, captions):
     """mini-GenEval of pictures with captions: {"families": {...}, "overall", "chance", "interval", "pictures", "purity"}.
 
-    Each family has score, interval (95 %, Wilson), chance and n. Overall is the mean of the families that occur. Purity is the mean
-    of all found objects: below 1 where an object has corners or patches of another color.
+    Each family has score, interval (95 %, Wilson), chance and n. Overall is the mean of the families that occur; its interval is
+    the normal one, to which a family at 0 or 1 adds nothing. Purity is the mean of all found objects: below 1 where an object has
+    corners or patches of another color.
     """
     found = [detect(picture) for picture in pictures]
     families = {}

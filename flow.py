@@ -81,7 +81,7 @@ def euler_steps(model, noise, text, empty, steps=28, guidance=3.0, shift=1.0, ti
     Yields (t, x_t, predicted x_0) at each of the steps + 1 times; at the last, t = 0, both latents (B, C, H, W) are what was drawn.
     """
     times = (sampling_timesteps(steps, shift) if times is None else torch.tensor(times)).to(noise.device)
-    x, grid = noise, times.tolist()
+    x, grid = noise, [round(t, 6) for t in times.tolist()]  # float32 has 0.8999999 for 0.9, outside of (0.9, 1)
     for i in range(len(times) - 1):
         t = times[i].expand(len(x))
         if guidance == 1 or not interval[0] <= grid[i] <= interval[1]:

@@ -11,8 +11,8 @@ One class builds all of it: `UNetConfig` has a switch for each panel of Fig. 2, 
     stage 3, H/4 x W/4      2 layers -------------- skips ------------> 3 layers     attend to the text and to each other
                               '---> ResBlock, Transformer, ResBlock ------'
 
-What the paper does not tell (time embedding, depth of the middle, text widths) is our assumption, marked [A]. Parameters and MACs
-beside the paper's stand in studies/sizes.py, the time that each step of the ladder takes in studies/ladder.py.
+What the paper does not tell (time embedding, depth of the middle, the text width of t2i) is our assumption, marked [A]. Parameters
+and MACs beside the paper's stand in studies/sizes.py, the time that each step of the ladder takes in studies/ladder.py.
 """
 
 import math
@@ -70,7 +70,7 @@ LADDER = {
 PRESETS = {
     "tiny": UNetConfig((64, 96, 160), (1, 1, 1), mid_depth=1, head_dim=32, groups=16, text_dim=160, time_dim=256),
     "imagenet": UNetConfig(),
-    "t2i": UNetConfig(text_dim=2304),
+    "t2i": UNetConfig(text_dim=2304),  # [A] Gemma-2-2b's width
 }
 
 
@@ -391,8 +391,8 @@ class UNet(nn.Module):
 def zero_branches(net):
     """Let each residual branch of a new UNet end in zeros, as ADM's do [A], so that no random branch drowns what the others say.
 
-    At the start a ResBlock is its shortcut and a transformer block the identity. For training; random weights that are only to be
-    timed or converted stay as they are, since zeros would verify nothing.
+    At the start a ResBlock is its shortcut and a transformer block the identity; Transformer2D's own two projections stay random.
+    For training; random weights that are only to be timed or converted stay as they are, since zeros would verify nothing.
     """
     for module in net.modules():
         if isinstance(module, ResBlock):

@@ -92,10 +92,11 @@ def pick_decoder(folder, encoders):
 def draw_files(model, config, encoders, args, decoder):
     """Draw every prompt of --prompts into --out, in the layout that common/benchmarks.py finds for it. What is there stays."""
     layout, pictures, names = benchmarks.plan(args.prompts, args.n, args.seed)
-    names_of_flags = "model prompts n steps guidance guidance_interval shift seed resolution decoder"
+    names_of_flags = "model teacher prompts n steps guidance guidance_interval shift seed resolution decoder"
     settings = {name: getattr(args, name) for name in names_of_flags.split()}
     files = [Path(args.model) / name for name in ("model.safetensors", "config.json")]
-    settings |= {"weights": hash_folders(files)}
+    settings |= {"weights": hash_folders([*files, *([args.decoder] if args.decoder else [])]),
+                 "captions": hash_folders([Path(args.prompts).absolute()])}  # fmt: skip
     out = Path(args.out)
     with parallel.first_alone():
         path = out / "settings.json"

@@ -237,6 +237,7 @@ def train(args):
     betas = (0.5, 0.99)  # [A]: D forgets fast, since what it looks at changes all the time
     head_optimizers = [torch.optim.AdamW(discriminator.parameters(), lr=args.heads_lr, betas=betas, weight_decay=0.0, fused=True)]
     weights = {"teacher": encoders.fingerprint(*encoders.parts, "transformer")}
+    weights |= {"gemma": encoders.gemma.fingerprint()} if encoders.gemma else {}
     weights |= {"turbo_weights": hash_folders([Path(args.turbo) / "transformer"])} if args.turbo else {}
     run.keep([*student_optimizers, *head_optimizers], {"pictures": data.name, **weights},
              model=student, ema=ema, discriminator=discriminator, ratio=ratio)  # fmt: skip

@@ -72,7 +72,8 @@ class Teacher:
             middle one; None: at a quarter, a half and the end, where a transformer knows about layout, objects, detail.
 
     Raises:
-        SystemExit: with one sentence, when the folder has no transformer, it cannot be read, or has no such layer.
+        SystemExit: with one sentence, when the folder has no transformer, it cannot be read, has no such layer, or none
+            for so large a picture.
     """
 
     def __init__(self, folder, data, device="cpu", dtype=torch.float32, layers=(-1,), cache=CACHE):
@@ -86,6 +87,10 @@ class Teacher:
             self.net = SD3Transformer2DModel.from_pretrained(folder / "transformer", torch_dtype=dtype)
         except Exception as error:  # diffusers has many for a damaged file
             raise SystemExit(f"cannot read the transformer in {folder}: {error}") from error
+        side, most = max(data.shape[1:], default=0), self.net.config.pos_embed_max_size * self.net.config.patch_size
+        if side > most:
+            raise SystemExit(f"the teacher in {folder} knows latents of at most {most} a side, not {side}: give a "
+                             f"--resolution of at most {8 * most}, or another --teacher.")  # fmt: skip
         self.net.requires_grad_(False).eval().to(device)
         blocks = self.net.transformer_blocks
         layers = layers or (len(blocks) // 4, "middle", len(blocks) - 1)

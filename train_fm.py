@@ -9,6 +9,9 @@ The network sees a noisy latent x_t = (1 - t) x_0 + t eps, the time t and a capt
     python train_fm.py --size t2i --teacher stable-diffusion-3.5-large --data DIR --lr 1e-4     # the paper's 379 M UNet
     torchrun --nproc_per_node 8 train_fm.py --size t2i --batch 1024 ...     # on 8 GPUs; recipes/ has whole commands
 
+Class scale: captioned pictures of flat shapes, 64 pixels wide (common/shapes.py), and assets/toy-sd3, a Stable Diffusion 3 of 7 M
+parameters, for encoders and teacher. The zoo, assets/zoo, holds what the stages have trained on it.
+
 Timesteps come from a logit-normal, shifted towards noise; one caption in ten is dropped, for classifier-free guidance.
 Writes runs/fm: model.safetensors (EMA weights) and config.json for sample.py and evaluate.py, train_state/ for --resume,
 log.csv, loss.png, samples/. Every random number comes from (--seed, step): stop it at any moment, run the same command

@@ -217,14 +217,17 @@ class Gemma:
 
         The first token is always Gemma's <bos>, so an empty caption has one token. Over-long captions are cut.
         """
-        states, masks = [], []
+        states, masks = zip(*self.batches(captions, batch), strict=True)
+        return torch.cat(states), torch.cat(masks)
+
+    @torch.no_grad()
+    def batches(self, captions, batch=64):
+        """encode(), a batch at a time: of many captions the padding alone can fill the memory."""
         for start in range(0, len(captions), batch):
             tokens = self.tokenizer(list(captions[start : start + batch]), padding="max_length", max_length=GEMMA_TOKENS,
                                     truncation=True, return_tensors="pt").to(self.device)  # fmt: skip
             out = self.net(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-            states.append(out.half().cpu())
-            masks.append(tokens.attention_mask.bool().cpu())
-        return torch.cat(states), torch.cat(masks)
+            yield out.half().cpu(), tokens.attention_mask.bool().cpu()
 
 
 class T5:
@@ -321,4 +324,5 @@ def pad_text(states, width, first_clip=None):
             f"the text states are {states.shape[-1]} wide, this UNet takes {width}: give the --teacher whose encoders it "
             "was made for, or a larger --size."
         )
-    return torch.nn.functional.pad(states, (0, width - states.shape[-1]))
+    missing = width - states.shape[-1]
+    return torch.nn.functional.pad(states, (0, missing)) if missing else states  # a batch of real states is hundreds of megabytes

@@ -115,8 +115,8 @@ def encode_text(captions, encoders, batch):
     captions, one caption after the other, "gemma_end": (K,) where those of each end}."""
     tensors = dict(zip(("states", "mask", "pooled"), encoders.encode_captions(captions, batch), strict=True))
     if encoders.gemma is not None:
-        states, mask = encoders.gemma.encode(captions, batch)
-        tensors |= {"gemma": states[mask], "gemma_end": mask.sum(1).cumsum(0)}
+        states, counts = zip(*((s[mask], mask.sum(1)) for s, mask in encoders.gemma.batches(captions, batch)), strict=True)
+        tensors |= {"gemma": torch.cat(states), "gemma_end": torch.cat(counts).cumsum(0)}
     return tensors
 
 

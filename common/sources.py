@@ -75,7 +75,7 @@ def read_tar(path):
                 yield sample["__key__"], picture, caption
     except (OSError, EOFError, ValueError, tarfile.TarError) as error:
         raise SystemExit(
-            f"{path} is damaged ({error}): fetch it again or take it away. Finished shards stay."
+            f"{path} is damaged ({error}): fetch it again, or put an empty .tar in its place. Finished shards stay."
         ) from error
 
 

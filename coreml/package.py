@@ -25,10 +25,11 @@ def settings_of(name, args, encoders):
 
 
 def check_company(name, recorded, settings, args):
-    """pipeline.json speaks for all parts in the folder: they must have been exported for the same sizes and student."""
+    """pipeline.json speaks for all parts in the folder: they must have been exported for the same sizes, bits and student."""
     for other, part in recorded.items():
-        if other != name and any(part["settings"].get(flag) != settings[flag] for flag in ("latent", "gemma")):
-            raise SystemExit(f"{args.out} holds a {other} for another --latent or --gemma: give the same, or another --out.")
+        if other != name and any(part["settings"].get(flag) != settings[flag] for flag in ("latent", "gemma", "nbits")):
+            raise SystemExit(f"{args.out} holds a {other} for another --latent, --gemma or --nbits: give the same, another "
+                             "--out, or all parts and --force.")  # fmt: skip
     theirs = recorded.get("unet", {}).get("settings", {}).get("weights")
     if name != "unet" and not args.random and theirs not in (None, hash_folders([args.model])):
         raise SystemExit(f"{args.out} holds the UNet of another student than {args.model}: give its --model, or another --out.")

@@ -82,6 +82,10 @@ def test_adm_and_two_processes_and_resume(home, tmp_path):
         assert difference.max() <= 2
     with pytest.raises(SystemExit, match="holds other pictures: seed was 0, is 1"):
         sample.main([*arguments, "--out", str(out), "--seed", "1"])
+    with open(tmp_path / "LOC_synset_mapping.txt", "a") as file:  # numbers would stand beside other captions
+        file.write("n01491361 tiger shark\n")
+    with pytest.raises(SystemExit, match="holds other pictures: captions was"):
+        sample.main([*arguments, "--out", str(out)])
 
 
 def test_bad_prompts_end_in_one_sentence(tmp_path):

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from PIL import Image
 from torch.distributions import Normal, SigmoidTransform, TransformedDistribution
 from transformers import T5Config, T5EncoderModel
 
@@ -335,6 +336,9 @@ def test_bad_input_ends_in_one_sentence(tmp_path, home):
     shutil.copytree(ROOT / "assets" / "zoo" / "fm", tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     config["scaling_factor"] = 9.0
+    (tmp_path / "large").mkdir()
+    Image.new("RGB", (160, 160), "red").save(tmp_path / "large" / "a.png")
+    (tmp_path / "large" / "a.txt").write_text("a photo of a star")
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     for arguments, words in (
         (["--teacher", str(folder)], "has no transformer"),
@@ -343,6 +347,7 @@ def test_bad_input_ends_in_one_sentence(tmp_path, home):
         (["--size", "imagenet"], "is not of --size imagenet"),
         (["--student-layer", "down.9"], "no layer 'down.9'"),
         (["--teacher-layer", "6"], "6 blocks"),
+        (["--data", str(tmp_path / "large"), "--resolution", "160"], "at most 16 a side, not 20: give a --resolution"),
         (["--data", "nowhere"], "no such folder"),
         (["--steps", "0"], "at least 1"),
         (["--lr", "1e30"], "learning rate"),

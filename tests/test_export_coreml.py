@@ -182,9 +182,11 @@ def test_finished_parts_are_kept(build, students, capsys):
     assert "decoder: kept" in capsys.readouterr().out
     assert weights.stat().st_mtime_ns == before
     with pytest.raises(SystemExit, match="other settings"):
-        export_coreml.main([*command, "--nbits", "8"])
+        export_coreml.main([*command, "--target", "iOS17"])
     with pytest.raises(SystemExit, match="another --latent"):
         export_coreml.main([*command, "--latent", "16", "--force"])
+    with pytest.raises(SystemExit, match="another --latent, --gemma or --nbits"):
+        export_coreml.main([*command, "--nbits", "8", "--force"])
     with pytest.raises(SystemExit, match="the UNet of another student than assets/zoo/fm"):
         export_coreml.main([*command[2:], "--model", "assets/zoo/fm", "--force"])
 

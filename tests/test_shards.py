@@ -361,6 +361,20 @@ def test_accumulation_and_checkpointing_change_nothing(home):
         shutil.rmtree(home / "runs/plain"), shutil.rmtree(home / "runs/parts")
 
 
+def test_an_empty_tar_stands_in_for_a_lost_one(home, tars, tmp_path, gemma):
+    """What the error about a damaged .tar says: the other shards stay, and the data set becomes whole."""
+    source, out = shutil.copytree(tars, tmp_path / "source"), tmp_path / "out"
+    lost = source / "000.tar"
+    lost.write_bytes(lost.read_bytes()[:20_000])
+    command = ["encode", str(source), "--out", str(out), *ARGUMENTS, "--gemma", str(gemma)]
+    with pytest.raises(SystemExit, match="put an empty .tar in its place"):
+        data.main(command)
+    tarfile.open(lost, "w").close()
+    data.main(command)
+    index = json.loads((out / "index.json").read_text())
+    assert 0 < index["pictures"] <= 12
+
+
 def test_bad_input_ends_in_one_sentence(home, encoded, imagenet, tars, tmp_path, gemma):
     encoders = FrozenEncoders()
     cut = tmp_path / "cut"

@@ -85,7 +85,8 @@ def slope(answer):
     if penalty.requires_grad:
         penalty.backward()
     return {"the penalty": penalty.detach(), "the logits": logits.detach(),
-            "whether the penalty has a gradient": penalty.requires_grad, "whether the features are detached": latents.grad is None}  # fmt: skip
+            "whether the penalty has a gradient": penalty.requires_grad,
+            "whether the features are detached": latents.grad is None}  # fmt: skip
 
 
 def penalty_with(squared=True, per_value=False, graph=True, detached=True):
