@@ -10,8 +10,9 @@ Each failure is a stage's own code or command with one thing broken. Where a fla
 function is replaced while the figure is made (unittest.mock.patch). Failure.line is the flag, or the line that would be wrong: the
 figures and the pages show it. The stages themselves have no switches for this.
 
-Writes assets/readme/failure_NAME.png. The weights that it was made of and the steps stand inside the file, so a new zoo makes all
-figures anew. Trainings and scores are kept under runs/studies/failures/WEIGHTS, and go on where they were stopped.
+Writes assets/readme/failure_NAME.png. The weights that it was made of and the steps stand inside the file, so a new model in the
+zoo makes the figures anew that show it. Trainings and scores are kept under runs/studies/failures/WEIGHTS, and go on where they
+were stopped.
 """
 
 import argparse
@@ -72,6 +73,7 @@ class Failure(NamedTuple):
     title: str  # what is wrong, for the figure
     line: str  # the changed line or flag
     make: object
+    zoo: tuple  # what it takes from there: with other weights the figure is made again
     steps: int = 0  # of its training; 0: it trains nothing
 
 
@@ -496,32 +498,37 @@ def phone_groupnorm(args):
 # All of them
 
 FAILURES = {
-    "fm_mask": Failure("padding is attended to", "return states, torch.ones_like(mask)", fm_mask),
-    "fm_shift": Failure("the shift in the wrong direction, 4 steps", "return t / (shift - (shift - 1) * t)", fm_shift),
-    "fm_guidance": Failure("too much guidance", "--guidance 10", fm_guidance),
+    "fm_mask": Failure("padding is attended to", "return states, torch.ones_like(mask)", fm_mask, ("fm",)),
+    "fm_shift": Failure("the shift in the wrong direction, 4 steps", "return t / (shift - (shift - 1) * t)", fm_shift, ("fm",)),
+    "fm_guidance": Failure("too much guidance", "--guidance 10", fm_guidance, ("fm",)),
     "fm_lr": Failure("a learning rate that is too high", f"train_fm.py {FM_LR}", lambda args: beside(
-        args, "fm_lr", "fm", FM, FM_LR, "loss", ["loss"], "log"), 300),
+        args, "fm_lr", "fm", FM, FM_LR, "loss", ["loss"], "log"), (), 300),
     "decoder_latents": Failure("latents without their scaling factor", "decoder(latents / scaling_factor + shift_factor)",
-                               decoder_latents),
+                               decoder_latents, ("decoder",)),
     "decoder_range": Failure("pictures from 0 to 1 for an encoder that knows -1 to 1", "encode_pictures((x + 1) / 2)",
-                             lambda args: decoder_fed_wrongly(args, encode=lambda x: (x + 1) / 2)),
+                             lambda args: decoder_fed_wrongly(args, encode=lambda x: (x + 1) / 2), ("decoder",)),
     "decoder_gan": Failure("too much of the adversarial loss", f"decoder.py {GAN}", lambda args: beside(
-        args, "decoder_gan", "decoder", DECODER, GAN, "val_psnr, dB", ["val_psnr"]), 200),
+        args, "decoder_gan", "decoder", DECODER, GAN, "val_psnr, dB", ["val_psnr"]), ("decoder",), 200),
     "distill_time": Failure("the teacher is asked at t, not at 1000 t", "timestep=t.to(self.device, torch.float32)",
-                            lambda args: from_the_teacher(args, "time", time_from_0_to_1, 1, "cosine, student and teacher")),
+                            lambda args: from_the_teacher(args, "time", time_from_0_to_1, 1, "cosine, student and teacher"),
+                            ("fm", "distill")),
     "distill_captions": Failure("the teacher reads the captions of other pictures", "states, pooled = self.data.clip(ids - 1)",
-                                lambda args: from_the_teacher(args, "captions", others_captions, 0, "loss_out over t")),
+                                lambda args: from_the_teacher(args, "captions", others_captions, 0, "loss_out over t"),
+                                ("fm", "distill")),
     "distill_weights": Failure("fixed weights, and features that drown the rest", f"distill.py {WEIGHTS}", lambda args: beside(
-        args, "distill_weights", "distill", DISTILL, WEIGHTS, "grad_norm", ["grad_norm"], "log"), 150),
-    "step_distill_target": Failure("a few-step target that is not divided by t", "return x_t - x0", step_distill_target),
+        args, "distill_weights", "distill", DISTILL, WEIGHTS, "grad_norm", ["grad_norm"], "log"), ("fm",), 150),
+    "step_distill_target": Failure("a few-step target that is not divided by t", "return x_t - x0", step_distill_target,
+                                   ("step_distill",)),
     "step_distill_discriminator": Failure("a discriminator that wins", f"step_distill.py {WINS}", lambda args: beside(
-        args, "step_distill_discriminator", "step_distill", STEPS, WINS, "d_real and d_fake", ["d_real", "d_fake"]), 150),
+        args, "step_distill_discriminator", "step_distill", STEPS, WINS, "d_real and d_fake", ["d_real", "d_fake"]),
+        ("distill",), 150),
     "step_distill_adversarial": Failure("the adversarial loss alone", f"step_distill.py {ALONE}", lambda args: beside(
         args, "step_distill_adversarial", "step_distill", STEPS, ALONE, "collapse alarm, std_ratio_low",
-        ["std_ratio_low"]), 150),
-    "phone_time": Failure("the time embedding in float16", "FP16ComputePrecision(lambda op: True)", phone_time),
-    "phone_groupnorm": Failure("GroupNorm written out in float16, large numbers inside", "self.decoder = decoder", phone_groupnorm),
-    "phone_bits": Failure("too few bits a weight", "export_coreml.py --nbits 4", phone_bits),
+        ["std_ratio_low"]), ("distill",), 150),
+    "phone_time": Failure("the time embedding in float16", "FP16ComputePrecision(lambda op: True)", phone_time, ("step_distill",)),
+    "phone_groupnorm": Failure("GroupNorm written out in float16, large numbers inside", "self.decoder = decoder", phone_groupnorm,
+                               ("fm", "decoder")),
+    "phone_bits": Failure("too few bits a weight", "export_coreml.py --nbits 4", phone_bits, ("step_distill",)),
 }  # fmt: skip
 
 
@@ -569,10 +576,10 @@ def parse_arguments(argv=None):
 def main(argv=None):
     args = parse_arguments(argv)
     args.device = pick_device(args.device)
-    weights = hash_folders([Path(TOY), *(ZOO / stage for stage in ("fm", "distill", "decoder", "step_distill"))])
-    args.work = Path("runs/studies/failures") / weights
     for name in args.names or FAILURES:
         failure, path = FAILURES[name], args.out / f"failure_{name}.png"
+        weights = hash_folders([Path(TOY), *(ZOO / stage for stage in failure.zoo)])
+        args.work = Path("runs/studies/failures") / weights
         about = {"Weights": weights, "Steps": str(args.steps or failure.steps) if failure.steps else "0"}
         done = up_to_date(path, about)
         if args.list:
