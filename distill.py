@@ -38,6 +38,8 @@ from sample import draw_pictures
 from teacher import Teacher
 from train_fm import make_optimizers, noisy_batch, predict, sampling_settings, timestep_shift, validate
 
+LR = 3e-3, 1e-4  # at class scale, at the paper's sizes [A]
+
 # ------------------------------------------------------------------------------------------------------------------
 # Timestep-aware scaling: half a page
 
@@ -216,13 +218,13 @@ def make_parser(doc=__doc__, example="python distill.py --init runs/fm --steps 1
     p.add_argument("--teacher-layer", type=integer(), help="joint block whose tokens are f_T; default: the middle; -1: the last")
     p.add_argument("--teacher-guidance", type=real(0), default=1.0, help="guidance of the teacher's velocity; 1: none")
     arguments.add_data(p)
-    arguments.add_training(p, steps=2500, batch=64, lr=3e-3, seed="seed of phi, noise, timesteps and the data's order")
+    arguments.add_training(p, steps=2500, batch=64, lr=LR, seed="seed of phi, noise, timesteps and the data's order")
     arguments.add_run(p, out="runs/distill", save_every=500)
     return p
 
 
 def parse_arguments(argv=None):
-    return arguments.by_size(make_parser().parse_args(argv))
+    return arguments.by_size(make_parser().parse_args(argv), LR)
 
 
 def main(argv=None):

@@ -55,6 +55,8 @@ from sample import draw_pictures
 from teacher import Teacher
 from train_fm import make_optimizers, predict, timestep_shift
 
+LR = 3e-4, 1e-5  # at class scale, at the paper's sizes [A]
+
 # ------------------------------------------------------------------------------------------------------------------
 # The few-step teacher
 
@@ -348,7 +350,7 @@ def make_parser(doc=__doc__, example="python step_distill.py --init runs/distill
     p.add_argument("--teacher-guidance", type=real(0), default=3.0, help="guidance of the ODE solve; it ends up inside the student")
     p.add_argument("--solver-steps", type=integer(1), default=8, help="Euler steps of the ODE solve from t = 1; fewer from below")
     arguments.add_data(p)
-    arguments.add_training(p, steps=1500, batch=64, lr=3e-4, ema=0.995, seed="seed of heads, noise, timesteps, order of the data")
+    arguments.add_training(p, steps=1500, batch=64, lr=LR, ema=0.995, seed="seed of heads, noise, timesteps, order of the data")
     p.add_argument("--heads-lr", type=real(0), default=1e-4, help="the heads' learning rate")
     arguments.add_run(p, out="runs/step_distill", save_every=250)
     p.add_argument("--watch", type=integer(0), default=10, help="prompts a family for the scores in log.csv; 0, or --data: none")
@@ -356,7 +358,7 @@ def make_parser(doc=__doc__, example="python step_distill.py --init runs/distill
 
 
 def parse_arguments(argv=None):
-    return arguments.by_size(make_parser().parse_args(argv))
+    return arguments.by_size(make_parser().parse_args(argv), LR)
 
 
 def main(argv=None):

@@ -40,6 +40,7 @@ from model import LADDER
 from sample import draw_pictures
 
 CAPTION_DROPOUT = 0.1  # [A]
+LR = 5e-3, 1e-4  # at class scale, at the paper's sizes [A]
 
 
 class Batch(NamedTuple):
@@ -150,13 +151,13 @@ def make_parser():
     p.add_argument("--ladder", choices=LADDER, help="train an earlier step of the ladder of Fig. 2, at the widths of --size")
     p.add_argument("--gemma", metavar="DIR", help="folder of google/gemma-2-2b: a third text encoder, as in the paper's --size t2i")
     arguments.add_data(p)
-    arguments.add_training(p, steps=2500, batch=64, lr=5e-3)
+    arguments.add_training(p, steps=2500, batch=64, lr=LR)
     arguments.add_run(p, out="runs/fm", save_every=500)
     return p
 
 
 def parse_arguments(argv=None):
-    return arguments.by_size(make_parser().parse_args(argv))
+    return arguments.by_size(make_parser().parse_args(argv), LR)
 
 
 def main(argv=None):

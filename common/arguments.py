@@ -103,12 +103,13 @@ def add_data(p):
 
 
 def add_training(p, steps, batch, lr, seed="seed of weights, noise, timesteps and the data's order", ema=0.999):
-    """--steps --batch --accumulate --checkpointing --lr --optimizer --ema --seed; the arguments are the defaults."""
+    """--steps --batch --accumulate --checkpointing --lr --optimizer --ema --seed; the arguments are the defaults, `lr` two of them:
+    for --size tiny, which learns by Muon, and for the paper's sizes."""
     p.add_argument("--steps", type=integer(1), default=steps, help="training steps")
     p.add_argument("--batch", type=integer(1), default=batch, help="pictures a step, of all GPUs together")
     p.add_argument("--accumulate", type=integer(1), default=1, help="parts in which each GPU takes its share, to save memory")
     p.add_argument("--checkpointing", action="store_true", help="compute activations twice, to save memory")
-    p.add_argument("--lr", type=real(0), default=lr, help="learning rate after the warm-up")
+    p.add_argument("--lr", type=real(0), help=f"learning rate after the warm-up; default: {lr[0]:g}; the paper's sizes: {lr[1]:g}")
     p.add_argument("--optimizer", choices=("adamw", "muon"), help="default: muon for --size tiny, adamw for the paper's")
     p.add_argument("--ema", type=real(0, 1), default=ema, help="decay of the averaged weights; 0.9999 for a million steps")
     p.add_argument("--seed", type=integer(0), default=0, help=seed)
@@ -148,9 +149,10 @@ def add_sampling(p):
     p.add_argument("--decoder", metavar="DIR", help="tiny decoder, such as assets/zoo/decoder; default: the teacher's own")
 
 
-def by_size(args):
-    """Fill in what depends on --size: the optimizer and the resolution."""
+def by_size(args, lr=None):
+    """Fill in what depends on --size: the optimizer, the learning rate (of the two that add_training() had) and the resolution."""
     args.optimizer = args.optimizer or ("muon" if args.size == "tiny" else "adamw")
+    args.lr = lr[args.size != "tiny"] if args.lr is None else args.lr
     if args.resolution not in (None, 64) and not args.data:
         raise SystemExit(f"the shapes world has pictures of 64 pixels, not {args.resolution}: give --data a folder.")
     args.resolution = args.resolution or RESOLUTIONS[args.size if args.data else "tiny"]

@@ -130,7 +130,7 @@ def parse_arguments(argv=None):
     p.add_argument("--seeds", type=integer(1), default=3, help="runs a row, for --ablate: seeds --seed, --seed + 1, ...")
     p.add_argument("--per-family", type=integer(1), default=100, help="mini-GenEval prompts a family, for --ablate")
     p.set_defaults(out=arguments.Path("runs/studies/losses"))
-    args = arguments.by_size(p.parse_args(argv))
+    args = arguments.by_size(p.parse_args(argv), distill.LR)
     args.init = args.init or (latest("fm") if args.ablate else None)
     return args
 

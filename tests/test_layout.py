@@ -108,6 +108,15 @@ def test_help_begins_with_an_example_and_every_number_is_checked(name, monkeypat
                     action.type(wrong)
 
 
+@pytest.mark.parametrize("name", ["train_fm", "distill", "step_distill"])
+def test_the_optimizer_and_its_rate_go_with_the_size(name):
+    """A rate for Muon at class scale would wreck AdamW at 379 M parameters."""
+    stage = importlib.import_module(name)
+    small, large, own = (stage.parse_arguments(flags) for flags in ([], ["--size", "t2i", "--data", "x"], ["--lr", "0"]))
+    assert (small.optimizer, large.optimizer) == ("muon", "adamw") and (small.lr, large.lr) == stage.LR
+    assert large.lr <= 1e-4 and own.lr == 0
+
+
 def test_what_is_wrong_ends_in_one_sentence(monkeypatch):
     for name, flags, sentence in (
         ("train_fm", ["--lr", "nan"], "--lr must be a number, not nan"),
