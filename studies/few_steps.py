@@ -31,6 +31,7 @@ ROWS = {
     "teacher's as real": {"losses": "adv+kd", "adv_weight": 0.3, "real": "teacher"},
     "and wrong captions": {"losses": "adv+kd", "adv_weight": 0.3, "wrong_captions": 0.5},
     "and shifted levels": {"losses": "adv+kd", "adv_weight": 0.3, "level_shift": 3.0},
+    "heads on six blocks": {"losses": "adv+kd", "adv_weight": 0.3, "layers": [0, 1, 2, 3, 4, 5]},  # all that toy-sd3 has
 }
 OWN = ("ablate", "compare", "before", "rows", "seeds", "per_family")  # flags that are no part of a training
 
