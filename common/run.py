@@ -38,7 +38,7 @@ from common.checkpoint import (
     save_state,
     state_settings,
 )
-from common.device import describe_machine, half, move, pick_device, take
+from common.device import describe_machine, half, move, multiply_in_bfloat16, pick_device, take
 from common.encoders import FrozenEncoders
 from common.figures import stack
 from model import PRESETS, UNet, ladder, zero_branches
@@ -105,6 +105,7 @@ class Run:
             raise SystemExit(f"the autoencoder of {args.teacher} has {encoders.latent_channels} latent channels, the UNet "
                              f"{model.cfg.latent_channels}: give --teacher an SD3 folder.")  # fmt: skip
         model.to(self.device, memory_format=torch.channels_last)  # depthwise convolutions like it
+        multiply_in_bfloat16(model, self.device)  # and so does its average
         model.checkpointing = args.checkpointing
         self.config |= {"encoders": args.teacher, "gemma": gemma, "scaling_factor": encoders.scaling_factor,
                         "shift_factor": encoders.shift_factor}  # fmt: skip

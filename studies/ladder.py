@@ -21,7 +21,7 @@ from diffusers import UNet2DConditionModel
 import train_fm
 from common.arguments import Parser, add_device, integer, real
 from common.checkpoint import save_json
-from common.device import describe_machine, half, pick_device
+from common.device import describe_machine, half, multiply_in_bfloat16, pick_device
 from common.encoders import FrozenEncoders
 from common.figures import pyplot, save_figure
 from common.run import Log
@@ -94,7 +94,7 @@ def training_speed(steps, batch, rounds, compiled, device, side=8, tokens=13):
     turns = {}
     for step in steps:
         cfg = ladder(step, PRESETS["tiny"])
-        net = UNet(cfg).to(device, memory_format=torch.channels_last)
+        net = multiply_in_bfloat16(UNet(cfg).to(device, memory_format=torch.channels_last), device)
         if compiled:
             net.compile()
         turns[step] = (net, torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True), cfg, [])

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from common.arguments import Parser, add_device, by_size, integer, real
 from common.checkpoint import save_json
-from common.device import describe_machine, move, pick_device
+from common.device import describe_machine, move, multiply_in_bfloat16, pick_device
 from common.encoders import FrozenEncoders
 from common.figures import pyplot, save_figure
 from common.run import learning_rate, update_ema
@@ -61,18 +61,23 @@ class DiTBlock(nn.Module):
     def __init__(self, width, text_dim, heads):
         super().__init__()
         self.norm1, self.norm2 = (nn.LayerNorm(width, elementwise_affine=False) for _ in range(2))
-        self.attn1 = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.attn2 = nn.MultiheadAttention(width, heads, kdim=text_dim, vdim=text_dim, batch_first=True)
+        self.heads = heads
+        self.to_qkv, self.to_out1 = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.to_q, self.to_kv, self.to_out2 = nn.Linear(width, width), nn.Linear(text_dim, 2 * width), nn.Linear(width, width)
         self.norm_text = nn.LayerNorm(width)
         self.ff = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.modulation = nn.Linear(width, 6 * width)
         nn.init.zeros_(self.modulation.weight), nn.init.zeros_(self.modulation.bias)  # adaLN-Zero: the identity at first
 
-    def forward(self, x, time, text, padding):
+    def attend(self, q, k, v, mask=None):
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, S, D) -> (B, heads, S, d)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+    def forward(self, x, time, text, mask):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(time))[:, None].chunk(6, dim=-1)
         h = self.norm1(x) * (1 + scale1) + shift1
-        x = x + gate1 * self.attn1(h, h, h, need_weights=False)[0]
-        x = x + self.attn2(self.norm_text(x), text, text, key_padding_mask=padding, need_weights=False)[0]
+        x = x + gate1 * self.to_out1(self.attend(*self.to_qkv(h).chunk(3, dim=-1)))
+        x = x + self.to_out2(self.attend(self.to_q(self.norm_text(x)), *self.to_kv(text).chunk(2, dim=-1), mask))
         return x + gate2 * self.ff(self.norm2(x) * (1 + scale2) + shift2)
 
 
@@ -94,7 +99,7 @@ class DiT(nn.Module):
         x = self.embed(F.unfold(x_t, p, stride=p).transpose(1, 2)) + self.position  # (B, tokens, width)
         time = self.time_mlp(timestep_embedding(t, self.width))
         for block in self.blocks:
-            x = block(x, time, text, None if mask is None else ~mask)
+            x = block(x, time, text, None if mask is None else mask[:, None, None])
         return F.fold(self.out(self.norm_out(x)).transpose(1, 2), size, p, stride=p)
 
 
@@ -109,6 +114,7 @@ def train(name, lr, args, data, val, encoders, prompts):
     device, shift, side = encoders.device, timestep_shift(args), data.shape[-1]
     torch.manual_seed(args.seed)
     model = build(name, PRESETS[args.size], side).to(device, memory_format=torch.channels_last)
+    multiply_in_bfloat16(model, device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizers = make_optimizers(model, lr, args.optimizer)
     forward = torch.compile(model) if args.compile else model

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
+from common.device import multiply_in_bfloat16
 from model import (
     LADDER,
     PRESETS,
@@ -196,6 +197,26 @@ def test_half_precision_of_a_gpu_gives_nearly_the_same_gradient():
         v.float().square().mean().backward()
         gradients.append(torch.cat([weight.grad.flatten() for weight in net.parameters()]))
     assert F.cosine_similarity(*gradients, dim=0) > 0.99 and not torch.equal(*gradients)
+
+
+def test_bfloat16_products_on_a_cpu_give_nearly_the_same_gradient(monkeypatch):
+    """What training does on a CPU with bfloat16: linear layers and 1x1 convolutions, and nothing else; weights stay float32."""
+    torch.manual_seed(0)
+    net, x = UNet(PRESETS["tiny"]), inputs(PRESETS["tiny"])
+    kinds, gradients = [], []
+    for fast in (False, True):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda fast=fast: {"avx512_bf16": fast})
+        multiply_in_bfloat16(net, torch.device("cpu"))
+        net.zero_grad()
+        v = net(*x)
+        v.square().mean().backward()
+        gradients.append(torch.cat([weight.grad.flatten() for weight in net.parameters()]))
+        kinds.append({type(layer).__name__ for layer in net.modules() if hasattr(layer, "weight")})
+        assert v.dtype == torch.float32 and all(weight.dtype == torch.float32 for weight in net.parameters())
+    assert F.cosine_similarity(*gradients, dim=0) > 0.99 and not torch.equal(*gradients)
+    assert "Linear" in kinds[0] and "Linear" not in kinds[1] and kinds[1] - kinds[0] == {"Bfloat16Linear", "Bfloat16Pointwise"}
+    assert all(type(layer) is torch.nn.Conv2d for layer in net.modules() if getattr(layer, "kernel_size", None) == (3, 3))
+    assert UNet(PRESETS["tiny"]).load_state_dict(net.state_dict())
 
 
 def test_rope_sees_only_relative_positions():

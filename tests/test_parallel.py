@@ -18,10 +18,12 @@ STAGES = """
 import functools, sys
 sys.path.insert(0, {root!r})
 import torch
+from common import device
+
+device.matmul_dtype = lambda device: torch.float32  # bfloat16 rounds by batch size
 import decoder, distill, step_distill, train_fm
 from common import parallel
 
-distill.matmul_dtype = step_distill.matmul_dtype = lambda device: torch.float32
 for stage in (train_fm, distill):
     stage.draw_pictures = functools.partial(stage.draw_pictures, steps=2)
 for stage in (train_fm, distill, step_distill, decoder):
@@ -65,7 +67,7 @@ def test_two_processes_take_the_steps_of_one(home):
         assert one.keys() == two.keys()
         moved = torch.cat([(one[f"model.{name}"] - w.float()).flatten() for name, w in start.items()]).norm()
         apart = torch.cat([(one[f"model.{name}"] - two[f"model.{name}"]).flatten() for name in start]).norm()
-        close = 0.002 if stage == "decoder" else 0.02  # teachers in float32 here: bfloat16 rounds by batch size
+        close = 0.002 if stage == "decoder" else 0.02
         assert moved > (0.01 if stage == "decoder" else 0.1) and apart < close * moved, f"{stage}: moved {moved}, apart {apart}"
         for name in one:  # AdamW's mean of the gradients
             if name.endswith("exp_avg") and one[name].norm() > 1e-6:
