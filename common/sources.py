@@ -64,6 +64,10 @@ def read_tar(path):
     import webdataset
 
     try:
+        with open(path, "rb") as file:  # cut between two files or inside a header, tarfile takes what is left for the whole
+            file.seek(max(0, file.seek(0, 2) - 1024))
+            if file.read() != bytes(1024):
+                raise tarfile.ReadError("its end, two blocks of zeros, is missing")
         files = webdataset.WebDataset(path, shardshuffle=False, empty_check=False, nodesplitter=lambda urls: urls)
         for sample in files:  # every sample of this one file: encode() gives each rank its own
             picture = next((sample[key] for key in IMAGE_KEYS if key in sample), None)
