@@ -9,7 +9,10 @@ The student UNet goes on learning, now from the data and from a frozen MMDiT of 
     L = S(L_task, L_kd) + S(L_task, L_feat)                                                                        [R]
     S(L_task, L_kd) = E_t[ a_t L_task^t + (1 - a_t) sg(|L_task^t| / |L_kd^t|) L_kd^t ]      timestep-aware scaling [R]
 
-a_t is the density of the logit-normal: the middle of the path learns from the data, its hard ends from the teacher.
+a_t is the density of the logit-normal: the middle of the path learns from the data, its hard ends from the teacher. At class scale
+fixed weights, most of all for the teacher, do better and are the default (--weighting linear; course/4_distillation.md):
+
+    L = L_task + 100 L_kd + 25 L_feat                                                                              [A]
 
     python distill.py                                   # class scale: from runs/fm (or the zoo's), teacher assets/toy-sd3
     python distill.py --losses task --out runs/task     # the same without a teacher, to compare with
@@ -21,7 +24,7 @@ stays in train_state/ and is no part of the student.
 
 Sec. 3.3 was not available to us in the original: [S] and [R] as in the README. Our own assumptions [A]: a_t is 1 at its largest,
 and the density of unshifted times; |L^t| is a running mean for each fifth of t; features are those of middle layers, which know
-where things will be; the teacher's are normalised; the shape of phi; the fixed weights of --weighting linear.
+where things will be; the teacher's are normalised; the shape of phi; --weighting linear and its weights.
 """
 
 import torch
@@ -39,6 +42,7 @@ from teacher import Teacher
 from train_fm import make_optimizers, noisy_batch, predict, sampling_settings, timestep_shift, validate
 
 LR = 3e-3, 1e-4  # at class scale, at the paper's sizes [A]
+WEIGHTING = "linear", "scaled"  # likewise
 
 # ------------------------------------------------------------------------------------------------------------------
 # Timestep-aware scaling: half a page
@@ -104,7 +108,7 @@ def combine(losses, t, ratios, args):
     if not levels:
         return task
     if args.weighting == "scaled":  # L = S(L_task, L_kd) + S(L_task, L_feat)
-        return sum(scaled(task, losses[name], t, ratios[name](t)) for name in levels)
+        return sum(scaled(task, losses[name], t, ratios[name](t), args.task_weight) for name in levels)
     return task + sum(getattr(args, f"{name}_weight") * losses[name] for name in levels)
 
 
@@ -211,9 +215,11 @@ def make_parser(doc=__doc__, example="python distill.py --init runs/fm --steps 1
                         teacher="SD3 folder: encoders and transformer")  # fmt: skip
     # losses
     p.add_argument("--losses", choices=("task", "task+out", "task+out+feat"), default="task+out+feat", help="which levels")
-    p.add_argument("--weighting", choices=("scaled", "linear"), default="scaled", help="timestep-aware, or fixed weights")
-    p.add_argument("--out-weight", type=real(0), default=1.0, help="weight of L_kd with --weighting linear")
-    p.add_argument("--feat-weight", type=real(0), default=0.25, help="weight of L_feat with --weighting linear")
+    p.add_argument("--weighting", choices=("scaled", "linear"),
+                   help="timestep-aware, or fixed weights; default: linear for --size tiny, scaled for the paper's")  # fmt: skip
+    p.add_argument("--task-weight", type=real(0, 1), default=1.0, help="a_t at most, with --weighting scaled; 0: the teacher alone")
+    p.add_argument("--out-weight", type=real(0), default=100.0, help="weight of L_kd with --weighting linear")
+    p.add_argument("--feat-weight", type=real(0), default=25.0, help="weight of L_feat with --weighting linear")
     p.add_argument("--student-layer", default="up.1.layers.0", help="UNet layer whose output is f_theta; up.2.layers.2 is the last")
     p.add_argument("--teacher-layer", type=integer(), help="joint block whose tokens are f_T; default: the middle; -1: the last")
     p.add_argument("--teacher-guidance", type=real(0), default=1.0, help="guidance of the teacher's velocity; 1: none")
@@ -224,7 +230,7 @@ def make_parser(doc=__doc__, example="python distill.py --init runs/fm --steps 1
 
 
 def parse_arguments(argv=None):
-    return arguments.by_size(make_parser().parse_args(argv), LR)
+    return arguments.by_size(make_parser().parse_args(argv), lr=LR, weighting=WEIGHTING)
 
 
 def main(argv=None):

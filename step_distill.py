@@ -358,7 +358,7 @@ def make_parser(doc=__doc__, example="python step_distill.py --init runs/distill
 
 
 def parse_arguments(argv=None):
-    return arguments.by_size(make_parser().parse_args(argv), LR)
+    return arguments.by_size(make_parser().parse_args(argv), lr=LR)
 
 
 def main(argv=None):

@@ -157,7 +157,7 @@ def make_parser():
 
 
 def parse_arguments(argv=None):
-    return arguments.by_size(make_parser().parse_args(argv), LR)
+    return arguments.by_size(make_parser().parse_args(argv), lr=LR)
 
 
 def main(argv=None):

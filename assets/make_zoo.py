@@ -36,7 +36,8 @@ TRAININGS = {  # part: (main, its command); {out} is --out
     "fm": (train_fm.main, "train_fm.py --teacher {out}/toy-sd3 --pictures 60000 --steps 9000 --compile"),
     "decoder": (decoder.main, "decoder.py --vae {out}/toy-sd3"),
     "distill": (distill.main,
-                "distill.py --init {out}/zoo/fm --teacher {out}/toy-sd3 --pictures 60000 --steps 4000 --compile"),
+                "distill.py --init {out}/zoo/fm --teacher {out}/toy-sd3 --pictures 60000 --steps 4000 --weighting scaled "
+                "--compile"),
     "step_distill": (step_distill.main, "step_distill.py --init {out}/zoo/distill --teacher {out}/toy-sd3 --pictures 60000 "
                                         "--steps 2000 --watch 0 --compile"),
 }  # fmt: skip

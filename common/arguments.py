@@ -149,10 +149,13 @@ def add_sampling(p):
     p.add_argument("--decoder", metavar="DIR", help="tiny decoder, such as assets/zoo/decoder; default: the teacher's own")
 
 
-def by_size(args, lr=None):
-    """Fill in what depends on --size: the optimizer, the learning rate (of the two that add_training() had) and the resolution."""
+def by_size(args, **pairs):
+    """Fill in what depends on --size and was not given: optimizer, resolution, and what has a pair of defaults, one for class scale
+    and one for the paper's sizes, such as lr=(5e-3, 1e-4)."""
     args.optimizer = args.optimizer or ("muon" if args.size == "tiny" else "adamw")
-    args.lr = lr[args.size != "tiny"] if args.lr is None else args.lr
+    for name, pair in pairs.items():
+        if getattr(args, name) is None:
+            setattr(args, name, pair[args.size != "tiny"])
     if args.resolution not in (None, 64) and not args.data:
         raise SystemExit(f"the shapes world has pictures of 64 pixels, not {args.resolution}: give --data a folder.")
     args.resolution = args.resolution or RESOLUTIONS[args.size if args.data else "tiny"]

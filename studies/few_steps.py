@@ -106,7 +106,7 @@ def parse_arguments(argv=None):
     p.add_argument("--seeds", type=integer(1), default=3, help="runs a row, for --ablate")
     p.add_argument("--per-family", type=integer(1), default=100, help="mini-GenEval prompts a family, for --ablate")
     p.set_defaults(out=arguments.Path("runs/studies/few_steps"))
-    args = arguments.by_size(p.parse_args(argv), step_distill.LR)
+    args = arguments.by_size(p.parse_args(argv), lr=step_distill.LR)
     if args.ablate and args.data:
         raise SystemExit("--ablate counts shapes, and needs the shapes world: leave --data out.")
     args.init = args.init or (latest("distill") if args.ablate else None)

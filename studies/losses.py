@@ -26,15 +26,16 @@ from studies.students import describe_rows, draw_with_teacher, load_students, mi
 from teacher import Teacher
 from train_fm import Batch, predict
 
-NONE, FULL, LONGER = "no teacher", "output + features, timestep-aware", "no teacher, for as long"
-LAST = {"teacher_layer": -1, "student_layer": "up.2.layers.2"}
+NONE, FULL, LONGER = "no teacher", "teacher, fixed weights 100 and 25", "no teacher, for as long"
+ALL, LAST = {"losses": "task+out+feat"}, {"teacher_layer": -1, "student_layer": "up.2.layers.2"}
 ROWS = {
-    NONE: {"losses": "task", "weighting": "scaled"},
-    FULL: {"losses": "task+out+feat", "weighting": "scaled"},
-    "the same, last layers (the paper's)": {"losses": "task+out+feat", "weighting": "scaled", **LAST},
-    "output, fixed weight": {"losses": "task+out", "weighting": "linear"},
-    "output, timestep-aware": {"losses": "task+out", "weighting": "scaled"},
-    "output + features, fixed": {"losses": "task+out+feat", "weighting": "linear"},
+    NONE: {"losses": "task"},
+    FULL: {**ALL, "weighting": "linear", "out_weight": 100.0, "feat_weight": 25.0},
+    "the same, 1 and 0.25": {**ALL, "weighting": "linear", "out_weight": 1.0, "feat_weight": 0.25},
+    "the same, without features": {"losses": "task+out", "weighting": "linear", "out_weight": 100.0},
+    "timestep-aware": {**ALL, "weighting": "scaled"},
+    "timestep-aware, last layers (the paper's)": {**ALL, "weighting": "scaled", **LAST},
+    "timestep-aware, the teacher alone": {**ALL, "weighting": "scaled", "task_weight": 0.0},
 }
 OWN = ("ablate", "compare", "plot_scaling", "rows", "seeds", "per_family")  # flags that are no part of a training
 
@@ -111,10 +112,10 @@ def ablate(args):
         slower = np.median([r["ms_per_step"] for r in results[FULL]]) / np.median([r["ms_per_step"] for r in results[NONE]])
         train({LONGER: {**ROWS[NONE], "steps": max(args.steps, round(args.steps * slower))}})
     print(f"\n{describe_rows(args)}")
-    print(f"{'':38}{'steps':>7}{'mini-GenEval':>13}{'range':>17}{'val loss':>10}{'ms a step':>11}")
+    print(f"{'':43}{'steps':>7}{'mini-GenEval':>13}{'range':>17}{'val loss':>10}{'ms a step':>11}")
     for name, runs in results.items():
         scores, milliseconds = [run["overall"] for run in runs], [run["ms_per_step"] for run in runs]
-        print(f"{name:38}{runs[0]['steps']:7}{np.mean(scores):13.3f}{f'{min(scores):.3f} to {max(scores):.3f}':>17}"
+        print(f"{name:43}{runs[0]['steps']:7}{np.mean(scores):13.3f}{f'{min(scores):.3f} to {max(scores):.3f}':>17}"
               f"{np.mean([run['val_loss'] for run in runs]):10.4f}{np.mean(milliseconds):11.0f}")  # fmt: skip
     save_json(results, args.out / "ablation.json")
     print(f"wrote {args.out}/ablation.json")
@@ -130,7 +131,7 @@ def parse_arguments(argv=None):
     p.add_argument("--seeds", type=integer(1), default=3, help="runs a row, for --ablate: seeds --seed, --seed + 1, ...")
     p.add_argument("--per-family", type=integer(1), default=100, help="mini-GenEval prompts a family, for --ablate")
     p.set_defaults(out=arguments.Path("runs/studies/losses"))
-    args = arguments.by_size(p.parse_args(argv), distill.LR)
+    args = arguments.by_size(p.parse_args(argv), lr=distill.LR, weighting=distill.WEIGHTING)
     args.init = args.init or (latest("fm") if args.ablate else None)
     return args
 

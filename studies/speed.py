@@ -122,7 +122,7 @@ def make_stage(stage, model, forward, data, teacher, device, args):
         discriminator, ratio = step_distill.Discriminator(teacher).to(device), Ratio().to(device)
         of_heads = torch.optim.AdamW(discriminator.parameters(), lr=1e-5)
         times = flow.sampling_timesteps(4, 3.0)[:-1]
-    settings = argparse.Namespace(batch=args.batch, seed=0, on_policy=0.5, level_shift=1.0, weighting="scaled")
+    settings = argparse.Namespace(batch=args.batch, seed=0, on_policy=0.5, level_shift=1.0, weighting="scaled", task_weight=1.0)
     if stage == 3:
         batches = ahead(lambda i: step_distill.draw_points(data, settings, times, i), itertools.count(), device)
     else:

@@ -109,8 +109,15 @@ def test_total_loss_of_each_setting():
     assert torch.equal(distill.combine({"task": losses["task"]}, t, {}, scaled), losses["task"])
     expected = torch.tensor([0.5 + 2 * 0.1 + 0.5 * 3, 1 + 2 * 0.2 + 0.5 * 5])
     assert torch.allclose(distill.combine(losses, t, {}, linear), expected)
-    total = sum(distill.scaled(losses["task"], losses[name], t, ratios[name](t)) for name in ("out", "feat"))
-    assert torch.equal(distill.combine(losses, t, ratios, scaled), total)
+    for most in (1.0, 0.5, 0.0):
+        scaled.task_weight, a = most, distill.timestep_weight(t).clamp(max=most)
+        total = 2 * a * losses["task"] + (1 - a) * (5.0 * losses["out"] + 0.2 * losses["feat"])
+        assert torch.allclose(distill.combine(losses, t, ratios, scaled), total)
+
+
+def test_the_papers_sizes_are_weighted_as_in_the_paper():
+    chosen = [distill.parse_arguments(["--size", size]).weighting for size in ("tiny", "imagenet", "t2i")]
+    assert chosen == ["linear", "scaled", "scaled"]
 
 
 @pytest.mark.parametrize(("side", "teacher_side"), [(8, 4), (4, 4), (2, 8), (16, 4)])
