@@ -49,7 +49,8 @@ def describe_machine(device):
 
 
 def autocast(device):
-    """Inside it a GPU multiplies and convolves in bfloat16, with weights and sums in float32; elsewhere nothing changes."""
+    """Inside it a GPU multiplies and convolves in bfloat16, with weights and sums in float32; elsewhere nothing changes:
+    for a CPU there is multiply_in_bfloat16()."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
@@ -70,8 +71,8 @@ def matmul_dtype(device):
 def multiply_in_bfloat16(net, device):
     """The network (changed in place), its linear layers and 1x1 convolutions multiplying in bfloat16 on a CPU that has it.
 
-    For training. Weights, sums, gradients and all other layers stay in float32, as in autocast() on a GPU. torch.autocast on a CPU
-    also takes depthwise convolutions and attention, whose backward passes are 2 and 8 times slower in bfloat16 than in float32.
+    For training. Weights, their gradients, sums and all other layers stay in float32. torch.autocast on a CPU also takes depthwise
+    convolutions and attention, whose backward passes are 2 and 8 times slower in bfloat16 than in float32.
     """
     if device.type == "cpu" and matmul_dtype(device) == torch.bfloat16:
         for layer in net.modules():
