@@ -4,7 +4,7 @@ The network sees a noisy latent x_t = (1 - t) x_0 + t eps, the time t and a capt
 
     L_task = || v_theta(x_t, t, c) - (eps - x_0) ||^2                                                              [S]
 
-    python train_fm.py                                  # class scale: shapes world, tiny UNet, 10 to 17 minutes on 2 cores
+    python train_fm.py                                  # class scale: shapes world, tiny UNet, 9 to 17 minutes on 2 cores
     python train_fm.py --data DIR --out runs/mine       # your own pictures with captions
     python train_fm.py --size t2i --teacher stable-diffusion-3.5-large --data DIR --lr 1e-4     # the paper's 379 M UNet
     torchrun --nproc_per_node 8 train_fm.py --size t2i --batch 1024 ...     # on 8 GPUs; recipes/ has whole commands

@@ -12,10 +12,11 @@
 
 Loss, noise, times, batches, optimizers (Muon for the matrices of transformer blocks, AdamW for the rest) and averaged weights
 are those of stage 1. Learning rates fall over the last 40 % of the time, so that each network has its whole schedule. Validation
-and drawing do not count. Writes peers.png (loss and mini-GenEval over the minutes) and peers.json.
+and drawing do not count. Writes peers.png (loss, mini-GenEval over the minutes) and peers.json; what that has is not trained again.
 """
 
 import copy
+import json
 import time
 from pathlib import Path
 
@@ -182,12 +183,21 @@ def parse_arguments(argv=None):
 def main(argv=None):
     args = parse_arguments(argv)
     encoders, results = FrozenEncoders(args.teacher, pick_device(args.device)), {}
+    settings = {name: getattr(args, name) for name in ("minutes", "points", "per_family", "pictures", "batch", "seed", "compile")}
+    settings |= describe_machine(encoders.device)
+    if (args.out / "peers.json").is_file():
+        results = json.loads((args.out / "peers.json").read_text())
+        if any(result["settings"] != settings for result in results.values()):
+            raise SystemExit(f"{args.out}/peers.json is of other settings, another commit or machine: give another --out, or "
+                             "delete it.")  # fmt: skip
     data, val = open_data(args, encoders)
     prompts = prompts_of("val", args.per_family, 0)
     for lr in args.lr:
         for name in args.only:
-            results[f"{name}, {lr:g}"] = train(name, lr, args, data, val, encoders, prompts)
-            save_json(results, args.out / "peers.json")
+            if f"{name}, {lr:g}" not in results:
+                trained = train(name, lr, args, data, val, encoders, prompts)
+                results[f"{name}, {lr:g}"] = {"settings": settings} | trained
+                save_json(results, args.out / "peers.json")
     print(f"\n{args.minutes} minutes each, batch {args.batch}, seed {args.seed}, {describe_machine(encoders.device)}")
     print(f"{'network, rate':18}{'params M':>9}{'steps':>7}{'val loss':>10}{'mini-GenEval':>14}")
     for name, result in results.items():

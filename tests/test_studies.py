@@ -121,12 +121,17 @@ def test_a_peer_does_not_see_padding():
 
 @pytest.mark.usefixtures("at_home")
 def test_peers_train_and_are_drawn(capsys):
-    peers.main(["--minutes", "0.03", "--only", "dit", "--points", "1", "--per-family", "1", "--pictures", "64", "--batch", "4",
-                "--device", "cpu"])  # fmt: skip
+    flags = ["--minutes", "0.03", "--only", "dit", "--points", "1", "--per-family", "1", "--pictures", "64", "--device", "cpu",
+             "--batch"]  # fmt: skip
+    peers.main([*flags, "4"])
     report = json.loads(Path("runs/studies/peers/peers.json").read_text())["dit, 0.005"]
     assert Path("runs/studies/peers/peers.png").is_file() and report["parameters"] > 6e6
     assert report["rows"][-1]["step"] > 2 and 0 < report["rows"][-1]["val_loss"] < 3
     assert "dit, 0.005 " in capsys.readouterr().out
+    peers.main([*flags, "4"])  # the table and the figure once more
+    assert json.loads(Path("runs/studies/peers/peers.json").read_text())["dit, 0.005"] == report
+    with pytest.raises(SystemExit, match="other settings"):
+        peers.main([*flags, "8"])
 
 
 def test_every_command_of_the_lab_is_one_that_its_stage_understands(tmp_path, capsys):
