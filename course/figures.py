@@ -500,8 +500,8 @@ MEASURED = {
     "decoder_out_of_domain.png": ("python -m studies.decoder --evaluate assets/zoo/decoder",
                                   "runs/studies/decoder/out_of_domain.png"),
     "scaling.png": ("python -m studies.losses --plot-scaling assets/zoo/distill", "runs/studies/losses/scaling.png"),
-    "distill.png": ("python -m studies.losses --compare runs/studies/losses/task-scaled-seed0 "
-                    "runs/studies/losses/task+out+feat-scaled-seed0", "runs/studies/losses/compare.png"),
+    "distill.png": ("python -m studies.losses --compare runs/studies/losses/task-seed0 "
+                    "runs/studies/losses/task+out+feat-linear-100.0-25.0-seed0", "runs/studies/losses/compare.png"),
     "few_steps.png": ("python -m studies.few_steps --compare assets/zoo/step_distill", "runs/studies/few_steps/compare.png"),
     "peers.png": ("python -m studies.peers --minutes 10 --lr 2.5e-3 5e-3", "runs/studies/peers/peers.png"),
     "lab.png": ("python -m studies.lab", "runs/lab/lab.png"),

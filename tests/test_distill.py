@@ -304,7 +304,7 @@ def test_every_level_moves_the_student(home):
     """Each row of the ablation has another gradient, also at the UNet's first layer (AdamW keeps it)."""
     gradients = []
     for row in losses.ROWS.values():
-        out = home / "runs" / "-".join(map(str, row.values()))
+        out = home / "runs/rows" / "-".join(map(str, row.values()))
         flags = [text for name, value in row.items() for text in (f"--{name.replace('_', '-')}", str(value))]
         distill.main([*SMALL, "--steps", "1", *flags, "--out", str(out)])
         gradients.append(
