@@ -16,6 +16,7 @@ fixed weights, most of all for the teacher, do better and are the default (--wei
 
     python distill.py                                   # class scale: from runs/fm (or the zoo's), teacher assets/toy-sd3
     python distill.py --losses task --out runs/task     # the same without a teacher, to compare with
+    python distill.py --weighting scaled --out runs/scaled                  # S, as in the paper
     python distill.py --teacher-layer -1 --student-layer up.2.layers.2 --out runs/last      # features of the last layers, as in [S]
     python distill.py --size t2i --init runs/t2i --teacher stable-diffusion-3.5-large --data DIR --lr 1e-4   # the paper's
 
@@ -186,7 +187,7 @@ def train(args):
                 losses["feat"] = (projector(f_theta) - normalized(f_teacher)).square().mean((1, 2, 3))  # || f_T - phi(f_theta) ||^2
             for name, ratio in ratios.items():
                 ratio.add(losses["task"], losses[name], part.t)
-            loss = combine(losses, part.t, ratios, args)  # S(L_task, L_kd) + S(L_task, L_feat)
+            loss = combine(losses, part.t, ratios, args)  # of each picture, as --weighting says
             run.backward(loss.mean())
             run.log(loss=loss, **{f"ratio_{name}": ratio(part.t) for name, ratio in ratios.items()})
             run.log(t=part.t, **{f"loss_{name}": value for name, value in losses.items()})
@@ -217,7 +218,7 @@ def make_parser(doc=__doc__, example="python distill.py --init runs/fm --steps 1
     p.add_argument("--losses", choices=("task", "task+out", "task+out+feat"), default="task+out+feat", help="which levels")
     p.add_argument("--weighting", choices=("scaled", "linear"),
                    help="timestep-aware, or fixed weights; default: linear for --size tiny, scaled for the paper's")  # fmt: skip
-    p.add_argument("--task-weight", type=real(0, 1), default=1.0, help="a_t at most, with --weighting scaled; 0: the teacher alone")
+    p.add_argument("--task-weight", type=real(0, 1), default=1.0, help="with --weighting scaled: a_t at most; 0: the teacher alone")
     p.add_argument("--out-weight", type=real(0), default=100.0, help="weight of L_kd with --weighting linear")
     p.add_argument("--feat-weight", type=real(0), default=25.0, help="weight of L_feat with --weighting linear")
     p.add_argument("--student-layer", default="up.1.layers.0", help="UNet layer whose output is f_theta; up.2.layers.2 is the last")
@@ -230,7 +231,10 @@ def make_parser(doc=__doc__, example="python distill.py --init runs/fm --steps 1
 
 
 def parse_arguments(argv=None):
-    return arguments.by_size(make_parser().parse_args(argv), lr=LR, weighting=WEIGHTING)
+    args = arguments.by_size(make_parser().parse_args(argv), lr=LR, weighting=WEIGHTING)
+    if args.weighting == "linear" and args.task_weight != 1:
+        raise SystemExit("--task-weight is the most that a_t may be, and --weighting linear has no a_t: add --weighting scaled.")
+    return args
 
 
 def main(argv=None):

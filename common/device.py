@@ -71,8 +71,9 @@ def matmul_dtype(device):
 def multiply_in_bfloat16(net, device):
     """The network (changed in place), its linear layers and 1x1 convolutions multiplying in bfloat16 on a CPU that has it.
 
-    For training. Weights, their gradients, sums and all other layers stay in float32. torch.autocast on a CPU also takes depthwise
-    convolutions and attention, whose backward passes are 2 and 8 times slower in bfloat16 than in float32.
+    For training. Weights and all other layers stay in float32. What a product gives, the gradients of its weights included, is
+    rounded to bfloat16 and kept in float32. torch.autocast on a CPU also takes depthwise convolutions and attention, whose
+    backward passes are 2 and 8 times slower in bfloat16 than in float32.
     """
     if device.type == "cpu" and matmul_dtype(device) == torch.bfloat16:
         for layer in net.modules():

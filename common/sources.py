@@ -67,7 +67,7 @@ def read_tar(path):
         with open(path, "rb") as file:  # cut between two files or inside a header, tarfile takes what is left for the whole
             file.seek(max(0, file.seek(0, 2) - 1024))
             if file.read() != bytes(1024):
-                raise tarfile.ReadError("its end, two blocks of zeros, is missing")
+                raise tarfile.ReadError("its end, two blocks of zeros, is missing, or it is compressed")
         files = webdataset.WebDataset(path, shardshuffle=False, empty_check=False, nodesplitter=lambda urls: urls)
         for sample in files:  # every sample of this one file: encode() gives each rank its own
             picture = next((sample[key] for key in IMAGE_KEYS if key in sample), None)
@@ -79,7 +79,8 @@ def read_tar(path):
                 yield sample["__key__"], picture, caption
     except (OSError, EOFError, ValueError, tarfile.TarError) as error:
         raise SystemExit(
-            f"{path} is damaged ({error}): fetch it again, or put an empty .tar in its place. Finished shards stay."
+            f"{path} is damaged ({error}): fetch it again, or put an empty .tar in its place (tar cf {path} -T /dev/null). "
+            "Finished shards stay."
         ) from error
 
 

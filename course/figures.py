@@ -370,7 +370,8 @@ def draw_distillation():
     arrow(axis, (127, 15), (127, 10))
     write(axis, 50, 4, f"red: {layer} of the student, block {taken + 1} of the teacher [A]", 12, CHANGED)
     write(axis, 147, 57, "same latents,\nsame velocity", 12.5)
-    write(axis, 46, 44, "$L = S(L_{task}, L_{kd})$\n     $+\\, S(L_{task}, L_{feat})$", 14)
+    out, feat = (flags.get_default(f"{name}_weight") for name in ("out", "feat"))
+    write(axis, 46, 44, f"$L = L_{{task}} + {out:g}\\, L_{{kd}}$\n     $+\\, {feat:g}\\, L_{{feat}}$", 14)
     return figure
 
 

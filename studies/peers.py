@@ -183,11 +183,11 @@ def parse_arguments(argv=None):
 def main(argv=None):
     args = parse_arguments(argv)
     encoders, results = FrozenEncoders(args.teacher, pick_device(args.device)), {}
-    settings = {name: getattr(args, name) for name in ("minutes", "points", "per_family", "pictures", "batch", "seed", "compile")}
-    settings |= describe_machine(encoders.device)
+    names = ("minutes", "points", "per_family", "teacher", "pictures", "batch", "seed", "compile")
+    settings = {name: getattr(args, name) for name in names} | describe_machine(encoders.device)
     if (args.out / "peers.json").is_file():
         results = json.loads((args.out / "peers.json").read_text())
-        if any(result["settings"] != settings for result in results.values()):
+        if any(result.get("settings") != settings for result in results.values()):
             raise SystemExit(f"{args.out}/peers.json is of other settings, another commit or machine: give another --out, or "
                              "delete it.")  # fmt: skip
     data, val = open_data(args, encoders)

@@ -1,7 +1,8 @@
 """How fast the real sizes train on this device: pictures a second, memory, and the share of the device's peak.
 
-Weights, latents and text are random, since speed does not depend on what they hold; the steps are those of the stages. With --data
-pictures and text are read from shards, ahead of the step as in training: if that is slower than the GPU, it shows here.
+Weights, latents and text are random, since speed does not depend on what they hold; the steps are those of the stages, on a CPU in
+float32 throughout. With --data pictures and text are read from shards, ahead of the step as in training: if that is slower than
+the GPU, it shows here.
 
     python -m studies.speed --size imagenet --batch 64                 # stages 1 to 3
     python -m studies.speed --size t2i --batch 8 --teacher sd3.5-large --checkpointing   # with an 8 B teacher in bfloat16

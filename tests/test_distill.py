@@ -118,6 +118,8 @@ def test_total_loss_of_each_setting():
 def test_the_papers_sizes_are_weighted_as_in_the_paper():
     chosen = [distill.parse_arguments(["--size", size]).weighting for size in ("tiny", "imagenet", "t2i")]
     assert chosen == ["linear", "scaled", "scaled"]
+    with pytest.raises(SystemExit, match="add --weighting scaled"):
+        distill.parse_arguments(["--task-weight", "0.5"])
 
 
 @pytest.mark.parametrize(("side", "teacher_side"), [(8, 4), (4, 4), (2, 8), (16, 4)])
