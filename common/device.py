@@ -90,11 +90,15 @@ def multiply(x, weight, bias):
 
 
 class Bfloat16Linear(nn.Linear):
+    """(..., C_in) -> (..., C_out), float32 on both sides; nn.Linear with its weights under the same names."""
+
     def forward(self, x):
         return multiply(x, self.weight, self.bias)
 
 
 class Bfloat16Pointwise(nn.Conv2d):
+    """(B, C_in, H, W) -> (B, C_out, H, W), float32 on both sides: a 1x1 convolution is a linear layer over the channels."""
+
     def forward(self, x):
         return multiply(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
 
