@@ -39,7 +39,7 @@ class UNetConfig:
     latent_channels: int = 16
     # The panels of Fig. 2, each a switch:
     self_attention: tuple = (False, False, True)  # (b) per stage: only the lowest resolution lets pixels look around
-    separable: bool = True  # (c) depthwise 3x3 + pointwise 1x1 for every 3x3 convolution
+    separable: bool = True  # (c) depthwise 3x3 + pointwise 1x1 for every 3x3 convolution but the first and the last
     expansion: int = 2  # (c) ResBlocks widen to this multiple of their input channels (1: to their output channels)
     ffn_ratio: int = 3  # (d) hidden width of the feed-forward layers, before the gate doubles it; 4 in SDXL
     multi_query: bool = True  # (d) one key/value head for all query heads, in self- and cross-attention
@@ -324,7 +324,7 @@ class UNet(nn.Module):
         super().__init__()
         self.cfg = cfg
         channels, last = cfg.channels, len(cfg.channels) - 1
-        # Full here and at the end, where all others are separable [A]: a separable one has one 3x3 kernel for each latent channel.
+        # Full here and at the end [A], where the paper replaces "all": a separable one has one 3x3 kernel for each latent channel.
         self.conv_in = nn.Conv2d(cfg.latent_channels, channels[0], 3, padding=1)
         self.time_mlp = nn.Sequential(nn.Linear(channels[0], cfg.time_dim), nn.SiLU(), nn.Linear(cfg.time_dim, cfg.time_dim))
         self.down, skips, width = nn.ModuleList(), [channels[0]], channels[0]

@@ -9,7 +9,7 @@ commits to the average, which is a blur. Here the student of stage 2 learns to p
                                                steps lands from x_t, guidance included                                       [R]
     L_task = || (eps - x_0) - v_theta ||^2     the data's velocity, as in stages 1 and 2
     L_adv  = - E[ D(renoise(x0')) ]            the discriminator D: an average is no picture, and does not pass              [R]
-    L      = S(L_task, L_kd) + weight L_adv    S: timestep-aware scaling, as in stage 2                                      [R]
+    L      = S(L_task, L_kd) + weight L_adv    S: timestep-aware scaling, distill.py's `scaled`                              [R]
              r L_kd + weight L_adv             on the student's own way from noise, where there is no x_0; r = L_task / L_kd [A]
 
     L_D    = E[max(0, 1 - D(renoise(x_0)))] + E[max(0, 1 + D(renoise(x0')))] + penalty R1       hinge loss                   [A]
@@ -252,7 +252,7 @@ def train(args):
         return flow.interpolate(x, part.noise, part.level), part.level, part.ids.roll(others)
 
     def target(k, part):
-        """The k-th part's few-step target. Two may ask for it (--real teacher), and it is the dearest of all."""
+        """The k-th part's few-step target. Two may ask for it (--real teacher), and it is what costs most."""
         if k not in targets:
             targets[k] = target_velocity(teacher, turbo, part.x_t, times[part.which], part.ids, args, shift)
         return targets[k]

@@ -1,11 +1,12 @@
-"""Make assets/toy-sd3 and assets/zoo from nothing: autoencoder, text encoders, teacher, the students of all stages, the decoder.
+"""Make toy-sd3 and the zoo from nothing: autoencoder, text encoders, teacher, the students of all stages, the decoder.
 
-    python -m assets.make_zoo                       # everything that is not made yet: hours on a CPU
+    python -m assets.make_zoo                       # everything that is not made yet, under runs/zoo: hours on a CPU
     python -m assets.make_zoo --only fm decoder     # these parts; a second process for them uses a second core
     python -m assets.make_zoo --list                # what is made, when, how long it took
+    python -m assets.make_zoo --list --out assets   # the same of what is committed, which --out assets made
 
-Stop it at any moment and call it again: teacher, students and decoder go on from their last saved state under runs/zoo; vae and
-text, half an hour, begin anew. assets/zoo/log/ tells of each part its command, wall time, machine and commit. A part that is done
+Stop it at any moment and call it again: teacher, students and decoder go on from their last saved state under --out/runs; vae and
+text, half an hour, begin anew. --out/zoo/log/ tells of each part its command, wall time, machine and commit. A part that is done
 is not made again; --force deletes what there is of it and starts from nothing. Students and decoder are trained by the stages' own
 commands, printed here, and copied in half precision.
 
@@ -31,7 +32,6 @@ from common.checkpoint import save_json
 from common.device import describe_machine, pick_device
 from common.stopwatch import counting
 
-WORK = Path("runs/zoo")
 TRAININGS = {  # part: (main, its command); {out} is --out
     "fm": (train_fm.main, "train_fm.py --teacher {out}/toy-sd3 --pictures 60000 --steps 9000 --compile"),
     "decoder": (decoder.main, "decoder.py --vae {out}/toy-sd3"),
@@ -46,14 +46,15 @@ NEEDS = {"vae": (), "text": (), "teacher": ("vae", "text"), "fm": ("vae", "text"
 
 
 def command_of(part, args):
-    return TRAININGS[part][1].format(out=args.out.as_posix()) if part in TRAININGS else f"-m assets.make_zoo --only {part}"
+    out = args.out.as_posix()
+    return TRAININGS[part][1].format(out=out) if part in TRAININGS else f"-m assets.make_zoo --only {part} --out {out}"
 
 
 def make(part, args, device):
     """Make one part, or go on with it."""
     toy = args.out / "toy-sd3"
     if part in TRAININGS:
-        main, command, run = TRAININGS[part][0], command_of(part, args), WORK / part
+        main, command, run = TRAININGS[part][0], command_of(part, args), args.out / "runs" / part
         flags = [*shlex.split(command)[1:], "--out", run.as_posix(), "--resume", "--device", str(device)]
         print(f"$ python {command} --out {run.as_posix()}", flush=True)
         main(flags)
@@ -67,7 +68,7 @@ def make(part, args, device):
         make_silent_t5(toy)
         make_index(toy)
     else:
-        make_teacher(toy, device, state=WORK / "teacher")
+        make_teacher(toy, device, state=args.out / "runs" / "teacher")
 
 
 def path_of(part, args):
@@ -85,7 +86,7 @@ def parse_arguments(argv=None):
     p.add_argument("--only", nargs="+", choices=NEEDS, default=list(NEEDS), help="these parts; default: all")
     p.add_argument("--force", action="store_true", help="make them again, from nothing, even if they are done")
     p.add_argument("--list", action="store_true", help="only print what is done")
-    p.add_argument("--out", metavar="DIR", type=Path, default=Path("assets"), help="where toy-sd3 and zoo go")
+    p.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/zoo"), help="where toy-sd3, zoo and the runs go")
     add_device(p)
     return p.parse_args(argv)
 
@@ -93,9 +94,15 @@ def parse_arguments(argv=None):
 def main(argv=None):
     args = parse_arguments(argv)
     device = pick_device(args.device)
+    if args.force and args.list:
+        raise SystemExit("--force deletes and --list only prints: give one of them.")
+    stale = [part for part in NEEDS if {*NEEDS[part]} & {*args.only} and part not in args.only and record_of(part, args)]
+    if args.force and stale:
+        raise SystemExit(f"{' and '.join(stale)} would stay as they are, made from what --force deletes: name them too, or another "
+                         "--out.")  # fmt: skip
     for part in args.only if args.force else ():
         path_of(part, args).unlink(missing_ok=True)
-        shutil.rmtree(WORK / part, ignore_errors=True)
+        shutil.rmtree(args.out / "runs" / part, ignore_errors=True)
     for part in args.only if not args.list else ():
         record = record_of(part, args)
         if "done" in record:

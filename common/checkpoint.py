@@ -155,6 +155,12 @@ def save_state(folder, step, settings, optimizers, **models):
     save_atomically(lambda p: safetensors.torch.save_file(tensors, p, metadata), path)
 
 
+def read_config(folder):
+    """config.json of a run; {} if there is none yet."""
+    path = Path(folder) / "config.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def state_settings(folder):
     """The settings that a run was started with, {} if the folder holds none. Raises SystemExit when its state is damaged."""
     path = Path(folder) / "train_state" / "state.safetensors"
@@ -202,8 +208,7 @@ def load_state(folder, settings, optimizers, folders=None, **models):
         old, step = json.loads(metadata["settings"]), int(metadata["step"])
     except (LookupError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise SystemExit(f"{path} is damaged ({error!r}); delete the run and start again.") from error
-    config = Path(folder) / "config.json"
-    encoders = json.loads(config.read_text()).get("encoders") if config.is_file() else None
+    encoders = read_config(folder).get("encoders")
     began = {"teacher": encoders, "vae": encoders, "turbo_weights": old.get("turbo"), "pictures": old.get("data")}
     if changed := changes(old, settings, folders or {}, began):
         raise SystemExit(f"cannot resume {folder} with other settings: {'; '.join(changed)}. Give what it began with, or another "

@@ -39,13 +39,26 @@ def git(*words):
         return ""
 
 
+def processor():
+    """The CPU's name; on Linux with family and model, since a virtual machine's name often says no more than the maker's."""
+    try:
+        pairs = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()]
+        facts = {name.strip(): value.strip() for name, value in pairs}
+        return f"{facts['model name']}, family {facts['cpu family']}, model {facts['model']}"
+    except (OSError, ValueError, KeyError):
+        return platform.processor() or platform.machine()
+
+
 def describe_machine(device):
-    """What a reader needs to compare numbers: device, cores, versions, git commit ("-dirty" when code has changed since)."""
+    """What a reader needs to compare numbers: device, cores, CPU, the dtype of matrix products in training, versions, git commit
+    ("-dirty" when code has changed since)."""
     cpu = f"{device.type}, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    products = str(matmul_dtype(device)).removeprefix("torch.")
     commit = git("describe", "--always") or "unknown"
     commit += "-dirty" if git("diff", "--name-only", "HEAD", "--", ":/*.py") else ""  # weights under assets/ are what runs make
-    return {"device": name, "python": platform.python_version(), "torch": torch.__version__, "commit": commit}
+    return {"device": name, "processor": processor(), "products": products, "python": platform.python_version(),
+            "torch": torch.__version__, "commit": commit}  # fmt: skip
 
 
 def autocast(device):

@@ -33,6 +33,7 @@ from common.checkpoint import (
     latest,
     load_state,
     load_student,
+    read_config,
     save_atomically,
     save_network,
     save_state,
@@ -44,6 +45,7 @@ from common.figures import stack
 from model import PRESETS, UNet, ladder, zero_branches
 
 AHEAD = 3  # batches that are made while the GPU works on one, each by a thread
+ROWS = 24  # of samples/progress.png: the first, the last, and others evenly between
 BINS = 5  # of t: a loss is logged for each fifth of (0, 1), since the average alone goes flat early and says little
 # flags that may change on a resume:
 FREE = {"out", "resume", "device", "compile", "save_every", "accumulate", "checkpointing", "watch", "workers"}
@@ -128,6 +130,10 @@ class Run:
         folders = {name: (flag, getattr(self.args, flag, None)) for name, flag in flag_of.items()}
         self.start = load_state(self.out, self.settings, optimizers, folders, **networks) if self.args.resume else 0
         self.table = Log(self.out / "log.csv", self.start)
+        began = read_config(self.out).get("machine", {}).get("products") if self.start else None
+        if self.main and began not in (None, self.config["machine"]["products"]):
+            print(f"{self.out} multiplied in {began} until step {self.start}; here it goes on in "
+                  f"{self.config['machine']['products']}: alike, but not bit for bit as without a stop.")  # fmt: skip
         if self.main:
             millions = sum(p.numel() for p in networks["model"].parameters()) / 1e6
             print(f"{self.stage}, --size {self.args.size}: {millions:.2f} M parameters, {self.config['machine']}, seed "
@@ -248,7 +254,8 @@ class Run:
         Args:
             ema: the network that goes into model.safetensors.
             measure: called for {column: value} of this row, such as the validation loss.
-            samples: called for a list of pictures (PIL), the same prompts and noise every time: a row of samples/progress.png.
+            samples: called for a list of pictures (PIL), the same prompts and noise every time: a row of samples/progress.png,
+                which shows at most ROWS of them.
             plot: called as plot(table, folder); draws the curves of log.csv.
         """
         self.row(measure)
@@ -262,8 +269,9 @@ class Run:
         if samples:
             folder = self.out / "samples"
             save_atomically(stack([samples()]).save, folder / f"{self.now + 1:07d}.png")
-            rows = [Image.open(p) for p in sorted(folder.glob("[0-9]*.png")) if int(p.stem) <= self.now + 1]
-            save_atomically(stack([[row] for row in rows]).save, folder / "progress.png")
+            saved = [p for p in sorted(folder.glob("[0-9]*.png")) if int(p.stem) <= self.now + 1]
+            shown = [saved[i] for i in torch.linspace(0, len(saved) - 1, min(ROWS, len(saved))).round().int().tolist()]
+            save_atomically(stack([[Image.open(p).convert("RGB")] for p in shown]).save, folder / "progress.png")
         if plot:
             plot(self.table, self.out)
         done = {"step": self.now + 1, "pictures_seen": (self.now + 1) * self.args.batch}

@@ -491,22 +491,24 @@ DRAWINGS = {"unet": draw_unet, "ladder": draw_ladder, "flow": draw_flow, "decode
             "scaling": draw_scaling, "step_distillation": draw_step_distillation, "phone": draw_phone}  # fmt: skip
 
 
+ZOO_FM = "python train_fm.py --pictures 60000 --steps 9000 --compile --out runs/zoo_fm"
 # Figures that are measured or drawn by a network: {file in assets/readme: (the command that makes it, the file that it leaves)}.
 MEASURED = {
     "zoo_fm.png": ("make demo", "runs/demo/zoo.png"),
-    "progress.png": ("python -m assets.make_zoo --only fm", "runs/zoo/fm/samples/progress.png"),
-    "loss.png": ("python -m assets.make_zoo --only fm", "runs/zoo/fm/loss.png"),
-    "decoder_loss.png": ("python -m assets.make_zoo --only decoder", "runs/zoo/decoder/loss.png"),
+    "progress.png": (ZOO_FM, "runs/zoo_fm/samples/progress.png"),
+    "loss.png": (ZOO_FM, "runs/zoo_fm/loss.png"),
+    "decoder_loss.png": ("python decoder.py --out runs/zoo_decoder", "runs/zoo_decoder/loss.png"),
     "decoder.png": ("python -m studies.decoder --evaluate assets/zoo/decoder", "runs/studies/decoder/compare.png"),
     "decoder_out_of_domain.png": ("python -m studies.decoder --evaluate assets/zoo/decoder",
                                   "runs/studies/decoder/out_of_domain.png"),
     "scaling.png": ("python -m studies.losses --plot-scaling assets/zoo/distill", "runs/studies/losses/scaling.png"),
-    "distill.png": ("python -m studies.losses --compare runs/studies/losses/task-seed0 "
-                    "runs/studies/losses/task+out+feat-linear-100.0-25.0-seed0", "runs/studies/losses/compare.png"),
+    "distill.png": ("python -m studies.losses --compare runs/studies/teaching/task-seed0 "
+                    "runs/studies/teaching/task+out+feat-linear-100.0-25.0-seed0", "runs/studies/losses/compare.png"),
     "few_steps.png": ("python -m studies.few_steps --compare assets/zoo/step_distill", "runs/studies/few_steps/compare.png"),
     "peers.png": ("python -m studies.peers --minutes 10 --lr 2.5e-3 5e-3", "runs/studies/peers/peers.png"),
     "lab.png": ("python -m studies.lab", "runs/lab/lab.png"),
-    "gan.png": ("python -m assets.make_zoo --only step_distill", "runs/zoo/step_distill/gan.png"),
+    "gan.png": ("python step_distill.py --init assets/zoo/distill --pictures 60000 --steps 2000 --watch 0 --compile "
+                "--out runs/zoo_4", "runs/zoo_4/gan.png"),
     "bits.png": ("python -m studies.bits", "runs/studies/bits/bits.png"),
     "phone.png": ("python export_coreml.py", "build/pictures.png"),
     "demo.png": ("python -m course.demo --screenshot assets/readme/demo.png", "assets/readme/demo.png"),

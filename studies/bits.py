@@ -123,12 +123,12 @@ def print_table(rows, prices, args):
               f"   {row['score']:.3f} ({low:.3f} to {high:.3f}){'  Pareto' if name in best else ''}")  # fmt: skip
     alone = sum(price["error"] for price in prices["unet"].values())
     print(f"\nThe UNet's {len(prices['unet'])} weights, each alone in {LOW} bits: their errors add up to {decibels(alone):.1f} dB.")
-    print(f"{'dearest a number':58}{'numbers':>9}{'dB alone':>10}")
-    for name in dearest(prices["unet"])[:10]:
+    print(f"{'most error for its size':58}{'numbers':>9}{'dB alone':>10}")
+    for name in most_error(prices["unet"])[:10]:
         print(f"{short(name):58}{prices['unet'][name]['numbers']:9}{decibels(prices['unet'][name]['error']):10.1f}")
 
 
-def dearest(prices):
+def most_error(prices):
     return sorted(prices, key=lambda name: -prices[name]["error"] / prices[name]["numbers"])
 
 

@@ -19,7 +19,15 @@ from common.encoders import FrozenEncoders
 from common.figures import captioned_grid
 from evaluate import prompts_of
 from sample import decode
-from studies.students import describe_rows, draw_with_teacher, load_students, noise_for, score_once, train_rows
+from studies.students import (
+    describe_rows,
+    draw_with_teacher,
+    load_students,
+    noise_for,
+    same_start,
+    score_once,
+    train_rows,
+)
 
 ROWS = {
     "adversarial only": {"losses": "adv"},
@@ -42,7 +50,9 @@ def compare(args):
 
     Prints what a picture takes in the UNet, in a full batch: the best of two turns, taken one after the other.
     """
-    ((before, before_config), (ours, config)), encoders = load_students([args.before, args.compare], args)
+    ((ours, config),), encoders = load_students([args.compare], args)
+    folder = args.before or config["settings"].get("init") or "assets/zoo/distill"
+    ((before, before_config),), _ = load_students([folder], args)
     prompts = prompts_of("val", 2, args.seed)
     noise = noise_for(prompts, args.seed, config, encoders)
     columns = {"teacher 28": draw_with_teacher(args, encoders, prompts, noise, config["sampling"]["shift"])}
@@ -79,6 +89,7 @@ def compare(args):
 
 def ablate(args):
     """The table: mini-GenEval with 1, 2, 4 and 8 steps of every row; above them the student before."""
+    same_start(args)
     encoders, results = FrozenEncoders(args.teacher, pick_device(args.device)), {}
 
     def measure(model, config, encoders):
@@ -101,7 +112,7 @@ def parse_arguments(argv=None):
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--ablate", action="store_true", help="train with either loss, both, and in other ways; print the table")
     what.add_argument("--compare", metavar="DIR", help="draw this student with 8, 4, 2, 1 steps beside --before and the teacher")
-    p.add_argument("--before", metavar="DIR", default="assets/zoo/distill", help="the student of stage 2, for --compare")
+    p.add_argument("--before", metavar="DIR", help="the student of stage 2, for --compare; default: the one it began as")
     p.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help="these rows of --ablate alone, by the names it prints")
     p.add_argument("--seeds", type=integer(1), default=3, help="runs a row, for --ablate")
     p.add_argument("--per-family", type=integer(1), default=100, help="mini-GenEval prompts a family, for --ablate")

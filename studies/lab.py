@@ -1,9 +1,9 @@
 """The lab hour: from random weights to verified packages, every stage from the run before, with one table and one grid.
 
-    python -m studies.lab                    # an hour on 2 cores, with assets/toy-sd3 as given
+    python -m studies.lab                    # half an hour to an hour on 2 cores, with assets/toy-sd3 as given
     python -m studies.lab --resume           # goes on where it was stopped, also in the middle of a stage
     python -m studies.lab --device cuda      # on a GPU
-    python -m studies.lab --dry              # only prints the commands, to be typed one by one
+    python -m studies.lab --dry              # only prints the stages' commands, to be typed one by one
 
 What runs are the stages' own commands, printed before each. Then mini-GenEval of 240 prompts and KID of each student, drawn as its
 config says, and the same prompts from the same noise after every stage. Writes lab.png, lab.txt, lab.json beside the runs.
@@ -75,7 +75,7 @@ def run_stages(args, done):
             continue
         with counting(record, functools.partial(save_json, done, args.out / "lab.json")):
             STAGES[run][1]([*argv, *([] if run == "build" else ["--resume"])])
-            record["complete"] = True
+            record |= {"complete": True, "machine": describe_machine(pick_device(args.device))}
 
 
 def measure(args, done):
@@ -107,7 +107,8 @@ def measure(args, done):
 
 
 def table(rows, done, args):
-    lines = [f"the lab, seed {args.seed}, {6 * args.per_family} prompts, {describe_machine(pick_device(args.device))}"]
+    machines = {json.dumps(done[run].get("machine", "an earlier version")) for run in STAGES}  # several, if it went on elsewhere
+    lines = [f"the lab, seed {args.seed}, {6 * args.per_family} prompts, {' and '.join(sorted(machines))}"]
     lines.append(f"{'stage':24}{'minutes':>8}{'params M':>9}{'forwards':>9}{'mini-GenEval':>13}   {'95 % interval':16}{'KID':>7}")
     minutes, counted = {run: done[run]["seconds"] / 60 for run in STAGES}, set()
     for name, row in rows.items():
@@ -148,6 +149,10 @@ def main(argv=None):
     if args.out.is_dir() and any(args.out.iterdir()) and not args.resume:
         raise SystemExit(f"{args.out} holds a lab already: go on with --resume, choose another --out, or delete it.")
     done = json.loads(record.read_text()) if record.is_file() else {}
+    settings = {"seed": args.seed, "teacher": args.teacher}
+    if done.setdefault("settings", settings) != settings:
+        raise SystemExit(f"{args.out} holds a lab of {done['settings']}, not of {settings}: give what it began with, or another "
+                         "--out.")  # fmt: skip
     run_stages(args, done)
     print()
     latency.main([str(args.out / "build")])

@@ -22,7 +22,15 @@ from common.seeds import rng
 from data import open_data
 from evaluate import prompts_of
 from sample import draw_pictures
-from studies.students import describe_rows, draw_with_teacher, load_students, mini_geneval, noise_for, train_rows
+from studies.students import (
+    describe_rows,
+    draw_with_teacher,
+    load_students,
+    mini_geneval,
+    noise_for,
+    same_start,
+    train_rows,
+)
 from teacher import Teacher
 from train_fm import Batch, predict
 
@@ -97,6 +105,7 @@ def ablate(args):
 
     A step with a teacher takes longer. So the first row is trained once more, for as many steps as take the full loss's wall time.
     """
+    same_start(args)
     encoders, results = FrozenEncoders(args.teacher, pick_device(args.device)), {}
 
     def train(rows):

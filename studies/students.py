@@ -1,7 +1,9 @@
 """What the studies of stages 2 and 3 share: trained students side by side, and rows of trainings that differ in a switch."""
 
 import argparse
+import hashlib
 import json
+from pathlib import Path
 
 import torch
 
@@ -58,6 +60,19 @@ def train_rows(args, rows, train, study, folder=None):
             print(f"-- {name}, seed {seed}")
             train(argparse.Namespace(**{**flags, **changes, "seed": seed, "resume": True, "out": out}))
             yield name, out
+
+
+def same_start(args):
+    """Raises SystemExit when the runs in --out began from other weights than --init holds now: one table, one student."""
+    path, weights = args.out / "init.json", Path(args.init) / "model.safetensors"
+    if not weights.is_file():
+        return  # who loads it will say so
+    now = {"init": str(args.init), "weights": hashlib.sha256(weights.read_bytes()).hexdigest()[:16]}
+    if not path.is_file():
+        save_json(now, path)
+    elif (began := json.loads(path.read_text()))["weights"] != now["weights"]:
+        raise SystemExit(f"the runs in {args.out} began from other weights (of {began['init']}) than --init {args.init} has: give "
+                         "another --out, or delete it.")  # fmt: skip
 
 
 def score_once(folder, path, measure, encoders):

@@ -129,7 +129,7 @@ def test_the_price_of_a_weight_is_that_of_pytorch(study):
     assert seen >= 0.8 * len(prices) and max(price["error"] for price in prices.values()) > 1e-6
 
 
-def test_choose_spends_the_budget_on_the_dearest():
+def test_choose_spends_the_budget_where_an_error_is_largest_for_its_size():
     weights = ("a", 100, 1.0), ("b", 200, 4.0), ("c", 600, 3.0), ("d", 100, 0.1)
     prices = {name: {"numbers": n, "error": e} for name, n, e in weights}
     assert choose(prices, 4.0) == dict.fromkeys("abcd", 4) and choose(prices, 8.0) == dict.fromkeys("abcd", 8)

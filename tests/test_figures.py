@@ -144,4 +144,4 @@ def test_measured_figures_are_copied_from_where_their_commands_leave_them(tmp_pa
     (tmp_path / "build" / "pictures.png").write_bytes(b"a picture")
     figures.main(["--measured", "--out", "pages"])
     assert (tmp_path / "pages" / "phone.png").read_bytes() == b"a picture" and len(list((tmp_path / "pages").iterdir())) == 1
-    assert "loss.png: there is no runs/zoo/fm/loss.png; python -m assets.make_zoo --only fm makes it" in capsys.readouterr().out
+    assert "loss.png: there is no runs/zoo_fm/loss.png; python train_fm.py --pictures 60000 " in capsys.readouterr().out

@@ -459,7 +459,10 @@ def test_turbo_folder_of_another_shape(tmp_path, home):
 
 def test_figures_and_ablation(home, finished, capsys, monkeypatch):
     monkeypatch.setattr(few_steps, "prompts_of", lambda split, n, seed: prompts_of(split, 1, seed)[:2])  # fewer pictures
-    few_steps.main([*SMALL, "--compare", str(finished), "--before", "assets/zoo/fm", "--out", "runs/figures"])
+    seen, load = [], few_steps.load_students
+    monkeypatch.setattr(few_steps, "load_students", lambda folders, args: seen.extend(folders) or load(folders, args))
+    few_steps.main([*SMALL, "--compare", str(finished), "--out", "runs/figures"])
+    assert seen == [str(finished), load_student(finished)[1]["settings"]["init"]]  # beside what it began as
     assert (home / "runs/figures/compare.png").is_file() and "times as fast" in capsys.readouterr().out
     rows = ["distillation only", "and wrong captions"]
     arguments = [*SMALL, "--ablate", "--rows", *rows, "--steps", "1", "--seeds", "1", "--per-family", "1", "--out", "runs/ablation"]

@@ -19,6 +19,7 @@ from data import Latents
 from model import LADDER, PRESETS, UNet, UNetConfig
 from studies import costs, lab, ladder, peers, silence, speed
 from studies.sizes import count
+from studies.students import same_start
 
 SMALL = ["--size", "tiny", "--batch", "2", "--tokens", "13", "--device", "cpu", "--rounds", "1"]
 
@@ -164,8 +165,12 @@ def test_the_lab_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     assert done["fm"]["complete"] and "complete" not in done["distill"] and done["distill"]["seconds"] >= 0
     lab.run_stages(args, done)
     assert ran == [("fm", True), ("distill", True), ("distill", True), ("build", False)] and done["distill"]["complete"]
+    assert done["fm"]["machine"]["commit"] and done["fm"]["machine"]["products"] in ("float32", "bfloat16")
     with pytest.raises(SystemExit, match="go on with --resume"):
         lab.main(["--out", str(tmp_path)])
+    (tmp_path / "lab.json").write_text(json.dumps(done | {"settings": {"seed": 0, "teacher": "assets/toy-sd3"}}))
+    with pytest.raises(SystemExit, match="holds a lab of .*'seed': 0.*not of .*'seed': 1"):
+        lab.main(["--out", str(tmp_path), "--resume", "--seed", "1"])
 
 
 def test_the_zoo_is_made_in_order_and_each_part_once(tmp_path, monkeypatch, capsys):
@@ -177,7 +182,6 @@ def test_the_zoo_is_made_in_order_and_each_part_once(tmp_path, monkeypatch, caps
             raise KeyboardInterrupt
 
     monkeypatch.setattr(make_zoo, "make", make)
-    monkeypatch.setattr(make_zoo, "WORK", tmp_path / "work")
     flags = ["--out", str(tmp_path), "--device", "cpu"]
     with pytest.raises(SystemExit, match="fm needs vae and text first"):
         make_zoo.main([*flags, "--only", "fm"])
@@ -187,10 +191,27 @@ def test_the_zoo_is_made_in_order_and_each_part_once(tmp_path, monkeypatch, caps
     assert log["vae"]["done"] and "done" not in log["text"] and log["text"]["seconds"] >= 0 and log["vae"]["commits"]
     make_zoo.main(flags)
     assert made == ["vae", "text", "text", "teacher", "fm", "decoder", "distill", "step_distill"]
-    make_zoo.main([*flags, "--only", "fm", "--force"])
-    assert made[-1] == "fm" and len(made) == 9
+    with pytest.raises(SystemExit, match="distill would stay as they are, made from what --force deletes"):
+        make_zoo.main([*flags, "--only", "fm", "--force"])
+    with pytest.raises(SystemExit, match="give one of them"):
+        make_zoo.main([*flags, "--list", "--force"])
+    make_zoo.main([*flags, "--only", "step_distill", "--force"])
+    assert made[-1] == "step_distill" and len(made) == 9
     make_zoo.main([*flags, "--list"])
     assert len(made) == 9 and "step_distill" in capsys.readouterr().out
+
+
+def test_rows_of_one_table_begin_from_the_same_weights(tmp_path):
+    init, args = tmp_path / "student", argparse.Namespace(out=tmp_path / "study", init=tmp_path / "student")
+    same_start(args)  # no student there: who loads it says so
+    init.mkdir()
+    (init / "model.safetensors").write_bytes(b"some weights")
+    same_start(args)
+    init.rename(tmp_path / "renamed")
+    same_start(argparse.Namespace(out=args.out, init=tmp_path / "renamed"))
+    (tmp_path / "renamed" / "model.safetensors").write_bytes(b"others")
+    with pytest.raises(SystemExit, match="began from other weights"):
+        same_start(argparse.Namespace(out=args.out, init=tmp_path / "renamed"))
 
 
 def test_wall_time_adds_up_over_sittings_and_survives_an_error():

@@ -1,5 +1,6 @@
 """Stage 1 as a user meets it: it learns, it resumes bit for bit, and it fails in one clear sentence."""
 
+import argparse
 import csv
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -48,6 +50,32 @@ def test_a_run_leaves_what_the_contract_says(finished):
     rows = list(csv.DictReader(open(finished / "log.csv")))
     assert [row["step"] for row in rows] == ["4", "8"] and float(rows[-1]["val_loss"]) > 0
     assert Image.open(finished / "samples" / "progress.png").size == (8 * 64, 2 * 64)
+
+
+def test_progress_shows_few_rows_of_many_saves(tmp_path, monkeypatch):
+    """The first, the last and some between; each file is closed again."""
+    monkeypatch.setattr(run, "ROWS", 3)
+    for name in ("save_network", "save_state"):
+        monkeypatch.setattr(run, name, lambda *args, **kwargs: None)
+    opened = []
+    monkeypatch.setattr(Image, "open", lambda path, open=Image.open: opened.append(open(path)) or opened[-1])
+    mine = argparse.Namespace(out=tmp_path, settings={}, optimizers=[], networks={}, config={}, args=argparse.Namespace(batch=1))
+    for mine.now in range(5):
+        run.Run.write(mine, None, lambda: [Image.new("RGB", (4, 4), (50 * mine.now, 0, 0))], None, "unet")
+    assert len(opened) == 1 + 2 + 3 + 3 + 3 and all(picture.fp is None for picture in opened)
+    progress = np.asarray(Image.open(tmp_path / "samples" / "progress.png"))
+    assert progress.shape == (12, 4, 3) and progress[::4, 0, 0].tolist() == [0, 100, 200]
+
+
+def test_a_run_that_goes_on_with_other_products_says_so(finished, tmp_path, capsys):
+    elsewhere, flags = shutil.copytree(finished, tmp_path / "elsewhere"), [*SMALL, "--steps", "8", "--save-every", "4", "--resume"]
+    train_fm.main([*flags, "--out", str(elsewhere)])
+    assert "multiplied in" not in capsys.readouterr().out
+    config = json.loads((elsewhere / "config.json").read_text())
+    config["machine"]["products"] = "float8"
+    (elsewhere / "config.json").write_text(json.dumps(config))
+    train_fm.main([*flags, "--out", str(elsewhere)])
+    assert f"{elsewhere} multiplied in float8 until step 8; here it goes on in" in capsys.readouterr().out
 
 
 def test_killed_and_resumed_is_bit_for_bit_the_same(finished, home):
