@@ -157,7 +157,7 @@ def plot(results, args):
         for axis, column in zip(axes, ("val_loss", "score"), strict=True):
             axis.plot([row["minutes"] for row in rows], [row[column] for row in rows], "o-", ms=4,
                       label=f"{name}, {size:.1f} M, {rows[-1]['step']} steps")  # fmt: skip
-    axes[0].set(title="validation loss", xlabel="minutes of training")
+    axes[0].set(title="validation loss", xlabel="minutes of training", yscale="log")
     axes[1].set(title=f"mini-GenEval of {6 * args.per_family} prompts", xlabel="minutes of training")
     save_figure(figure, args.out / "peers.png")
 
