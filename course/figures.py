@@ -505,6 +505,7 @@ MEASURED = {
     "distill.png": ("python -m studies.losses --compare runs/studies/teaching/task-seed0 "
                     "runs/studies/teaching/task+out+feat-linear-100.0-25.0-seed0", "runs/studies/losses/compare.png"),
     "few_steps.png": ("python -m studies.few_steps --compare assets/zoo/step_distill", "runs/studies/few_steps/compare.png"),
+    "ladder.png": ("python -m studies.ladder --train --steps 600 --lr 2.5e-3 --seeds 2", "runs/studies/ladder/ladder.png"),
     "peers.png": ("python -m studies.peers --minutes 10 --lr 2.5e-3 5e-3", "runs/studies/peers/peers.png"),
     "lab.png": ("python -m studies.lab", "runs/lab/lab.png"),
     "gan.png": ("python step_distill.py --init assets/zoo/distill --pictures 60000 --steps 2000 --watch 0 --compile "
