@@ -50,11 +50,11 @@ def processor():
 
 
 def describe_machine(device):
-    """What a reader needs to compare numbers: device, cores, CPU, the dtype of matrix products in training, versions, git commit
-    ("-dirty" when code has changed since)."""
+    """What a reader needs to compare numbers: device, cores, CPU, the dtype of a student's products, versions, git commit ("-dirty"
+    when code has changed since)."""
     cpu = f"{device.type}, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    products = str(matmul_dtype(device)).removeprefix("torch.")
+    products = str(student_dtype(device)).removeprefix("torch.")
     commit = git("describe", "--always") or "unknown"
     commit += "-dirty" if git("diff", "--name-only", "HEAD", "--", ":/*.py") else ""  # weights under assets/ are what runs make
     return {"device": name, "processor": processor(), "products": products, "python": platform.python_version(),
@@ -62,9 +62,10 @@ def describe_machine(device):
 
 
 def autocast(device):
-    """Inside it a GPU multiplies and convolves in bfloat16, with weights and sums in float32; elsewhere nothing changes:
-    for a CPU there is multiply_in_bfloat16()."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """Inside it a GPU multiplies and convolves in bfloat16, with weights and sums in float32 (SNAPGEN_FLOAT32=1: in float32 too);
+    elsewhere nothing changes: for a CPU there is multiply_in_bfloat16()."""
+    enabled = device.type == "cuda" and student_dtype(device) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def half(device):
@@ -81,6 +82,11 @@ def matmul_dtype(device):
     return torch.bfloat16 if fast else half(device)
 
 
+def student_dtype(device):
+    """The dtype in which a student multiplies while it trains: matmul_dtype; float32 with SNAPGEN_FLOAT32=1 in the environment."""
+    return torch.float32 if os.environ.get("SNAPGEN_FLOAT32") else matmul_dtype(device)
+
+
 def multiply_in_bfloat16(net, device):
     """The network (changed in place), its linear layers and 1x1 convolutions multiplying in bfloat16 on a CPU that has it.
 
@@ -88,7 +94,7 @@ def multiply_in_bfloat16(net, device):
     rounded to bfloat16 and kept in float32. torch.autocast on a CPU also takes depthwise convolutions and attention, whose
     backward passes are 2 and 8 times slower in bfloat16 than in float32.
     """
-    if device.type == "cpu" and matmul_dtype(device) == torch.bfloat16:
+    if device.type == "cpu" and student_dtype(device) == torch.bfloat16:
         for layer in net.modules():
             if type(layer) is nn.Linear:
                 layer.__class__ = Bfloat16Linear
