@@ -41,6 +41,7 @@ ROWS = {
     FULL: {**ALL, "weighting": "linear", "out_weight": 100.0, "feat_weight": 25.0},
     "the same, 1 and 0.25": {**ALL, "weighting": "linear", "out_weight": 1.0, "feat_weight": 0.25},
     "the same, without features": {"losses": "task+out", "weighting": "linear", "out_weight": 100.0},
+    "the same, without velocity": {**ALL, "weighting": "linear", "out_weight": 0.0, "feat_weight": 25.0},
     "timestep-aware": {**ALL, "weighting": "scaled"},
     "timestep-aware, last layers (the paper's)": {**ALL, "weighting": "scaled", **LAST},
     "timestep-aware, the teacher alone": {**ALL, "weighting": "scaled", "task_weight": 0.0},
