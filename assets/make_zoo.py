@@ -103,13 +103,14 @@ def main(argv=None):
     for part in args.only if args.force else ():
         path_of(part, args).unlink(missing_ok=True)
         shutil.rmtree(args.out / "runs" / part, ignore_errors=True)
-    for part in args.only if not args.list else ():
+    for part in [part for part in NEEDS if part in args.only] if not args.list else ():
         record = record_of(part, args)
         if "done" in record:
             print(f"{part}: made on {record['done']} in {record['seconds'] / 60:.1f} minutes; --force makes it again")
             continue
         if missing := [need for need in NEEDS[part] if "done" not in record_of(need, args)]:
-            raise SystemExit(f"{part} needs {' and '.join(missing)} first: python -m assets.make_zoo --only {' '.join(missing)}")
+            raise SystemExit(f"{part} needs {' and '.join(missing)} first: python -m assets.make_zoo --only {' '.join(missing)} "
+                             f"--out {args.out.as_posix()}")  # fmt: skip
         print(f"\n{part}: {'going on' if record and part not in ('vae', 'text') else 'from nothing'}", flush=True)
         about, save = describe_machine(device), functools.partial(save_json, record, path_of(part, args))
         record |= {"command": f"python {command_of(part, args)}", "machine": about,

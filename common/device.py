@@ -50,15 +50,13 @@ def processor():
 
 
 def describe_machine(device):
-    """What a reader needs to compare numbers: device, cores, CPU, the dtype of a student's products, versions, git commit ("-dirty"
-    when code has changed since)."""
+    """What a reader needs to compare numbers: device, cores, CPU, versions, git commit ("-dirty" when code has changed since)."""
     cpu = f"{device.type}, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    products = str(student_dtype(device)).removeprefix("torch.")
     commit = git("describe", "--always") or "unknown"
     commit += "-dirty" if git("diff", "--name-only", "HEAD", "--", ":/*.py") else ""  # weights under assets/ are what runs make
-    return {"device": name, "processor": processor(), "products": products, "python": platform.python_version(),
-            "torch": torch.__version__, "commit": commit}  # fmt: skip
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "commit": commit}
+    return {"device": name, "processor": processor(), **versions}
 
 
 def autocast(device):
@@ -84,7 +82,7 @@ def matmul_dtype(device):
 
 def student_dtype(device):
     """The dtype in which a student multiplies while it trains: matmul_dtype; float32 with SNAPGEN_FLOAT32=1 in the environment."""
-    return torch.float32 if os.environ.get("SNAPGEN_FLOAT32") else matmul_dtype(device)
+    return torch.float32 if os.environ.get("SNAPGEN_FLOAT32") == "1" else matmul_dtype(device)
 
 
 def multiply_in_bfloat16(net, device):

@@ -39,7 +39,7 @@ from common.checkpoint import (
     save_state,
     state_settings,
 )
-from common.device import describe_machine, half, move, multiply_in_bfloat16, pick_device, take
+from common.device import describe_machine, half, move, multiply_in_bfloat16, pick_device, student_dtype, take
 from common.encoders import FrozenEncoders
 from common.figures import stack
 from model import PRESETS, UNet, ladder, zero_branches
@@ -108,6 +108,7 @@ class Run:
                              f"{model.cfg.latent_channels}: give --teacher an SD3 folder.")  # fmt: skip
         model.to(self.device, memory_format=torch.channels_last)  # depthwise convolutions like it
         multiply_in_bfloat16(model, self.device)  # and so does its average
+        self.config["machine"]["products"] = str(student_dtype(self.device)).removeprefix("torch.")
         model.checkpointing = args.checkpointing
         self.config |= {"encoders": args.teacher, "gemma": gemma, "scaling_factor": encoders.scaling_factor,
                         "shift_factor": encoders.shift_factor}  # fmt: skip
@@ -130,10 +131,10 @@ class Run:
         folders = {name: (flag, getattr(self.args, flag, None)) for name, flag in flag_of.items()}
         self.start = load_state(self.out, self.settings, optimizers, folders, **networks) if self.args.resume else 0
         self.table = Log(self.out / "log.csv", self.start)
-        began = read_config(self.out).get("machine", {}).get("products") if self.start else None
-        if self.main and began not in (None, self.config["machine"]["products"]):
-            print(f"{self.out} multiplied in {began} until step {self.start}; here it goes on in "
-                  f"{self.config['machine']['products']}: alike, but not bit for bit as without a stop.")  # fmt: skip
+        began, products = (config.get("machine", {}).get("products") for config in (read_config(self.out), self.config))
+        if self.main and self.start and began and began != products:
+            print(f"{self.out} multiplied in {began} until step {self.start}; here it goes on in {products}: alike, but not bit "
+                  "for bit as without a stop.")  # fmt: skip
         if self.main:
             millions = sum(p.numel() for p in networks["model"].parameters()) / 1e6
             print(f"{self.stage}, --size {self.args.size}: {millions:.2f} M parameters, {self.config['machine']}, seed "

@@ -74,8 +74,10 @@ def run_stages(args, done):
             print("done before")
             continue
         with counting(record, functools.partial(save_json, done, args.out / "lab.json")):
+            here = describe_machine(pick_device(args.device))
+            record["machines"] = [*(m for m in record.get("machines", []) if m != here), here]
             STAGES[run][1]([*argv, *([] if run == "build" else ["--resume"])])
-            record |= {"complete": True, "machine": describe_machine(pick_device(args.device))}
+            record["complete"] = True
 
 
 def measure(args, done):
@@ -107,7 +109,7 @@ def measure(args, done):
 
 
 def table(rows, done, args):
-    machines = {json.dumps(done[run].get("machine", "an earlier version")) for run in STAGES}  # several, if it went on elsewhere
+    machines = {json.dumps(machine) for run in STAGES for machine in done[run]["machines"]}  # several, if it went on elsewhere
     lines = [f"the lab, seed {args.seed}, {6 * args.per_family} prompts, {' and '.join(sorted(machines))}"]
     lines.append(f"{'stage':24}{'minutes':>8}{'params M':>9}{'forwards':>9}{'mini-GenEval':>13}   {'95 % interval':16}{'KID':>7}")
     minutes, counted = {run: done[run]["seconds"] / 60 for run in STAGES}, set()
@@ -150,9 +152,10 @@ def main(argv=None):
         raise SystemExit(f"{args.out} holds a lab already: go on with --resume, choose another --out, or delete it.")
     done = json.loads(record.read_text()) if record.is_file() else {}
     settings = {"seed": args.seed, "teacher": args.teacher}
-    if done.setdefault("settings", settings) != settings:
-        raise SystemExit(f"{args.out} holds a lab of {done['settings']}, not of {settings}: give what it began with, or another "
-                         "--out.")  # fmt: skip
+    done = done or {"settings": settings}
+    if done.get("settings") != settings:
+        raise SystemExit(f"{args.out} holds a lab of {done.get('settings', 'an earlier version')}, not of {settings}: give what it "
+                         "began with, or another --out.")  # fmt: skip
     run_stages(args, done)
     print()
     latency.main([str(args.out / "build")])

@@ -68,6 +68,8 @@ def same_start(args):
     if not weights.is_file():
         return  # who loads it will say so
     now = {"init": str(args.init), "weights": hashlib.sha256(weights.read_bytes()).hexdigest()[:16]}
+    if not path.is_file() and any(args.out.glob("*seed*")):
+        raise SystemExit(f"the runs in {args.out} are not told what they began from: give another --out, or delete it.")
     if not path.is_file():
         save_json(now, path)
     elif (began := json.loads(path.read_text()))["weights"] != now["weights"]:
