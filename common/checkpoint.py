@@ -156,9 +156,12 @@ def save_state(folder, step, settings, optimizers, **models):
 
 
 def read_config(folder):
-    """config.json of a run; {} if there is none yet."""
+    """config.json of a run; {} if there is none yet. Raises SystemExit when it is damaged."""
     path = Path(folder) / "config.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise SystemExit(f"{path} is damaged ({error}); delete the run and start again.") from error
 
 
 def state_settings(folder):

@@ -131,8 +131,9 @@ class Run:
         folders = {name: (flag, getattr(self.args, flag, None)) for name, flag in flag_of.items()}
         self.start = load_state(self.out, self.settings, optimizers, folders, **networks) if self.args.resume else 0
         self.table = Log(self.out / "log.csv", self.start)
-        began, products = (config.get("machine", {}).get("products") for config in (read_config(self.out), self.config))
-        if self.main and self.start and began and began != products:
+        before = read_config(self.out) if self.start else {}
+        began, products = (config.get("machine", {}).get("products") for config in (before, self.config))
+        if self.main and began and began != products:
             print(f"{self.out} multiplied in {began} until step {self.start}; here it goes on in {products}: alike, but not bit "
                   "for bit as without a stop.")  # fmt: skip
         if self.main:

@@ -76,6 +76,9 @@ def test_a_run_that_goes_on_with_other_products_says_so(finished, tmp_path, caps
     (elsewhere / "config.json").write_text(json.dumps(config))
     train_fm.main([*flags, "--out", str(elsewhere)])
     assert f"{elsewhere} multiplied in float8 until step 8; here it goes on in" in capsys.readouterr().out
+    (elsewhere / "config.json").write_text('{"machine": ')
+    with pytest.raises(SystemExit, match="config.json is damaged"):
+        train_fm.main([*flags, "--out", str(elsewhere)])
 
 
 def test_killed_and_resumed_is_bit_for_bit_the_same(finished, home):
