@@ -55,7 +55,7 @@ from sample import draw_pictures
 from teacher import Teacher
 from train_fm import make_optimizers, predict, timestep_shift
 
-LR = 3e-4, 1e-5  # at class scale, at the paper's sizes [A]
+LR = 1e-3, 1e-5  # at class scale, at the paper's sizes [A]
 
 # ------------------------------------------------------------------------------------------------------------------
 # The few-step teacher
