@@ -300,7 +300,7 @@ def object_map(scene, cells=8):
     return target.flatten(0, 1).clamp(max=1)
 
 
-def make_teacher(out, device, steps=7_000, batch=64, lr=3e-3, pictures=60_000, seed=2, focus=0.25, state="runs/toy-sd3"):
+def make_teacher(out, device, steps=12_000, batch=64, lr=3e-3, pictures=60_000, seed=2, focus=0.4, state="runs/toy-sd3"):
     """transformer/: the MMDiT, by flow matching on the frozen autoencoder's latents with the frozen CLIPs' states.
 
     A patch is one latent cell, so the picture has 64 tokens. With SD3's patches of 2x2 there are 16, two small objects meet in one,
@@ -310,16 +310,16 @@ def make_teacher(out, device, steps=7_000, batch=64, lr=3e-3, pictures=60_000, s
     (in the spirit of REPA, arXiv 2410.06940, with the scene itself in place of a pretrained picture encoder). The
     read-out is not saved. The students never get this help: they learn as the paper says.
 
-    `focus` is the share of each batch that is taken from captions whose objects must be drawn in agreement, one of each kind or so
-    many of one: that is learned last.
+    `focus` is the share of each batch that is taken from captions whose objects must be drawn in agreement, one of each kind or
+    three and four of one: that is learned last.
 
     Its state is kept in the folder `state`, from which the same call goes on.
     """
     encoders = FrozenEncoders(out, device)
     world = ShapesWorld("train", 0, pictures)
     data = encode_dataset(world, encoders)
-    hard = torch.tensor([family_of(caption) in ("two", "counting", "attribution") for caption in data.captions[1:]])
-    hard = torch.cat([torch.tensor([False]), hard])[data.caption_ids].nonzero()[:, 0]  # indices of pictures
+    hard = [family_of(c) in ("two", "attribution") or parse_caption(c)[0][0].count > 2 for c in data.captions[1:]]
+    hard = torch.tensor([False, *hard])[data.caption_ids].nonzero()[:, 0]  # indices of pictures
     maps = torch.stack([(object_map(world.scene(i)) * 255).byte() for i in range(pictures)])  # (N, 64, 24)
     pooled, width = data.pooled.float().to(device), 192  # 64 + 96, padded with zeros as SD3 pads 2048 to 4096
     text = F.pad(data.states.float(), (0, width - encoders.text_dim, 0, 1)).to(device)  # (K, T + 1, 192), the last zero

@@ -33,13 +33,12 @@ from common.device import describe_machine, pick_device
 from common.stopwatch import counting
 
 TRAININGS = {  # part: (main, its command); {out} is --out
-    "fm": (train_fm.main, "train_fm.py --teacher {out}/toy-sd3 --pictures 60000 --steps 9000 --compile"),
+    "fm": (train_fm.main, "train_fm.py --teacher {out}/toy-sd3 --pictures 60000 --steps 12000 --compile"),
     "decoder": (decoder.main, "decoder.py --vae {out}/toy-sd3"),
     "distill": (distill.main,
-                "distill.py --init {out}/zoo/fm --teacher {out}/toy-sd3 --pictures 60000 --steps 4000 --weighting scaled "
-                "--compile"),
+                "distill.py --init {out}/zoo/fm --teacher {out}/toy-sd3 --pictures 60000 --steps 4000 --compile"),
     "step_distill": (step_distill.main, "step_distill.py --init {out}/zoo/distill --teacher {out}/toy-sd3 --pictures 60000 "
-                                        "--steps 2000 --watch 0 --compile"),
+                                        "--steps 2500 --watch 0 --compile"),
 }  # fmt: skip
 NEEDS = {"vae": (), "text": (), "teacher": ("vae", "text"), "fm": ("vae", "text"), "decoder": ("vae",),
          "distill": ("teacher", "fm"), "step_distill": ("teacher", "distill")}  # fmt: skip
