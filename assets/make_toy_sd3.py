@@ -124,7 +124,7 @@ def make_autoencoder(out, device, steps=2400, batch=16, lr=1e-3, kl_weight=1e-3,
     save_part(vae.cpu(), out / "vae")
 
 
-def make_tokenizers(out, vocabulary=1536, max_tokens=24):
+def make_tokenizers(out, merges=992, max_tokens=24):
     """CLIP's byte-pair tokenizer, merges learned on shapes-world captions and on the Unicode names of pictographs."""
     names = [unicodedata.name(chr(c), "").lower() for c in (*range(0x2600, 0x27C0), *range(0x1F300, 0x1FB00))]
     shapes = ShapesWorld("train", 0, 4000)
@@ -135,8 +135,12 @@ def make_tokenizers(out, vocabulary=1536, max_tokens=24):
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False, use_regex=True)]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    at_end = [a + "</w>" for a in alphabet]
+    # Of two pairs that occur equally often, the one with the lower token numbers is merged first. Bytes at a word's end get theirs
+    # here; by itself the trainer numbers them as it meets them, in another order each time.
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - 2 - len(alphabet),
+        vocab_size=len(at_end) + len(alphabet) + merges,
+        special_tokens=at_end,
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
         show_progress=False,
@@ -144,12 +148,7 @@ def make_tokenizers(out, vocabulary=1536, max_tokens=24):
     bpe.train_from_iterator(corpus, trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     # CLIP's order: "!" first (it is the padding of the second tokenizer), bytes, bytes at a word's end, merges, specials.
-    tokens = (
-        alphabet
-        + [a + "</w>" for a in alphabet]
-        + ["".join(pair) for pair in merges]
-        + ["<|startoftext|>", "<|endoftext|>"]
-    )
+    tokens = alphabet + at_end + ["".join(pair) for pair in merges] + ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
         CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad, model_max_length=max_tokens).save_pretrained(

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from transformers import CLIPTokenizer
 
-from assets.make_toy_sd3 import hard_negatives, object_map
+from assets.make_toy_sd3 import hard_negatives, make_tokenizers, object_map
 from common.encoders import FrozenEncoders, pad_text
 from common.pictures import to_pictures, to_tensor
 from common.shapes import FAMILIES, ShapesWorld, family_of, make_scene
@@ -78,6 +79,18 @@ def test_autoencoder_reconstructs_validation_pictures(encoders):
     error = ((encoders.decode_latents(latents) - x) ** 2).mean((1, 2, 3))
     assert (10 * torch.log10(4 / error)).mean() > 30
     assert to_pictures(encoders.decode_latents(latents[:1]))[0].size == (64, 64)
+
+
+def test_the_tokenizers_are_always_the_same(tmp_path, encoders):
+    """Merges that are equally frequent have one order, and the world's captions have the numbers that the encoders learned."""
+    for folder in ("a", "b"):
+        make_tokenizers(tmp_path / folder)
+    files = [(tmp_path / folder / "tokenizer" / "tokenizer.json").read_bytes() for folder in ("a", "b")]
+    assert files[0] == files[1]
+    captions = [ShapesWorld("train", 0, 300).caption(i) for i in range(300)]
+    for name, tokenizer in zip(("tokenizer", "tokenizer_2"), encoders.tokenizers, strict=True):
+        made = CLIPTokenizer.from_pretrained(tmp_path / "a" / name)
+        assert made(captions).input_ids == tokenizer(captions).input_ids
 
 
 def test_free_text_is_not_lost(encoders):
