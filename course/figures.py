@@ -508,8 +508,8 @@ MEASURED = {
     "ladder.png": ("python -m studies.ladder --train --steps 600 --lr 2.5e-3 --seeds 2", "runs/studies/ladder/ladder.png"),
     "peers.png": ("python -m studies.peers --minutes 10 --lr 2.5e-3 5e-3", "runs/studies/peers/peers.png"),
     "lab.png": ("python -m studies.lab", "runs/lab/lab.png"),
-    "gan.png": ("python step_distill.py --init assets/zoo/distill --pictures 60000 --steps 2000 --watch 0 --compile "
-                "--out runs/zoo_4", "runs/zoo_4/gan.png"),
+    "gan.png": ("python step_distill.py --init assets/zoo/distill --pictures 60000 --steps 2000 --lr 3e-4 --watch 0 "
+                "--compile --out runs/zoo_4", "runs/zoo_4/gan.png"),
     "bits.png": ("python -m studies.bits", "runs/studies/bits/bits.png"),
     "phone.png": ("python export_coreml.py", "build/pictures.png"),
     "demo.png": ("python -m course.demo --screenshot assets/readme/demo.png", "assets/readme/demo.png"),

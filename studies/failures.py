@@ -254,7 +254,7 @@ FM, FM_LR = "--pictures 4000", "--lr 0.3"
 DISTILL = f"--init {ZOO.as_posix()}/fm --pictures 4000 --batch 16 --lr 1e-3 --weighting scaled"
 WEIGHTS = "--weighting linear --out-weight 1 --feat-weight 1000"
 DECODER, GAN = f"--init {ZOO.as_posix()}/decoder --gan-start 0", "--gan-weight 20"
-STEPS = f"--init {ZOO.as_posix()}/distill --pictures 4000 --batch 32 --watch 0 --ramp 0"
+STEPS = f"--init {ZOO.as_posix()}/distill --pictures 4000 --batch 32 --watch 0 --ramp 0 --lr 3e-4"
 WINS, ALONE = "--heads-lr 3e-3 --penalty 0", "--losses adv"
 
 # ------------------------------------------------------------------------------------------------------------------
