@@ -44,7 +44,7 @@ demo: .venv/installed
 	@echo "  runs/demo/fm/loss.png, log.csv      its loss, by timestep"
 	@echo "  runs/demo/distill/loss.png          your student with a teacher: three losses, and how far both agree"
 	@echo "  runs/demo/students/compare.png      teacher | student of stage 1 | of stage 2, fully trained, from the same noise"
-	@echo "  runs/demo/step_distill/gan.png      30 steps of adversarial step distillation; the zoo's student had 2,000"
+	@echo "  runs/demo/step_distill/gan.png      30 steps of adversarial step distillation; the zoo's student had 2,500"
 	@echo "  runs/demo/few-steps/compare.png     teacher | 28 guided steps | 4 | after stage 3: 8, 4, 2, 1, fully trained"
 	@echo "  runs/demo/build/pictures.png        drawn by the Core ML packages, op by op; verification.json: how exact they are"
 	@echo "  runs/demo/zoo-score/table.txt       mini-GenEval of the trained student, with its pictures beside it"

@@ -6,9 +6,9 @@
     python -m assets.make_zoo --list --out assets   # the same of what is committed, which --out assets made
 
 Stop it at any moment and call it again: teacher, students and decoder go on from their last saved state under --out/runs; vae and
-text, half an hour, begin anew. --out/zoo/log/ tells of each part its command, wall time, machine and commit. A part that is done
-is not made again; --force deletes what there is of it and starts from nothing. Students and decoder are trained by the stages' own
-commands, printed here, and copied in half precision.
+text, some twenty minutes, begin anew. --out/zoo/log/ tells of each part its command, wall time, machine and commit. A part that
+is done is not made again; --force deletes what there is of it and starts from nothing. Students and decoder are trained by the
+stages' own commands, printed here, and copied in half precision.
 
 The order is vae, text, then the teacher, which takes longest; fm and decoder need no teacher and may be made beside it. With one
 thread each (OMP_NUM_THREADS=1) two processes share two cores well.

@@ -491,7 +491,7 @@ DRAWINGS = {"unet": draw_unet, "ladder": draw_ladder, "flow": draw_flow, "decode
             "scaling": draw_scaling, "step_distillation": draw_step_distillation, "phone": draw_phone}  # fmt: skip
 
 
-ZOO_FM = "python train_fm.py --pictures 60000 --steps 9000 --compile --out runs/zoo_fm"
+ZOO_FM = "python train_fm.py --pictures 60000 --steps 12000 --compile --out runs/zoo_fm"
 # Figures that are measured or drawn by a network: {file in assets/readme: (the command that makes it, the file that it leaves)}.
 MEASURED = {
     "zoo_fm.png": ("make demo", "runs/demo/zoo.png"),
@@ -508,7 +508,7 @@ MEASURED = {
     "ladder.png": ("python -m studies.ladder --train --steps 600 --lr 2.5e-3 --seeds 2", "runs/studies/ladder/ladder.png"),
     "peers.png": ("python -m studies.peers --minutes 10 --lr 2.5e-3 5e-3", "runs/studies/peers/peers.png"),
     "lab.png": ("python -m studies.lab", "runs/lab/lab.png"),
-    "gan.png": ("python step_distill.py --init assets/zoo/distill --pictures 60000 --steps 2000 --lr 3e-4 --watch 0 "
+    "gan.png": ("python step_distill.py --init assets/zoo/distill --pictures 60000 --steps 2500 --watch 0 "
                 "--compile --out runs/zoo_4", "runs/zoo_4/gan.png"),
     "bits.png": ("python -m studies.bits", "runs/studies/bits/bits.png"),
     "phone.png": ("python export_coreml.py", "build/pictures.png"),

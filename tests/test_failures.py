@@ -130,7 +130,7 @@ def test_a_training_breaks_and_a_figure_is_made_once(monkeypatch, capsys, tmp_pa
     flags = ["fm_lr", "--steps", "1", "--out", str(tmp_path), "--device", "cpu"]
     failures.main(flags)
     printed = capsys.readouterr().out
-    assert "$ python train_fm.py --pictures 64 --batch 4 --steps 1" in printed and "--lr 0.3 --steps 1" in printed
+    assert "$ python train_fm.py --pictures 64 --batch 4 --steps 1" in printed and "--lr 0.1 --steps 1" in printed
     with Image.open(tmp_path / "failure_fm_lr.png") as picture:
         assert picture.text["Steps"] == "1" and picture.text["Title"] == "python -m studies.failures fm_lr"
         assert picture.width > 1000
