@@ -10,7 +10,7 @@ text, some twenty minutes, begin anew. --out/zoo/log/ tells of each part its com
 is done is not made again; --force deletes what there is of it and starts from nothing. Students and decoder are trained by the
 stages' own commands, printed here, and copied in half precision.
 
-The order is vae, text, then the teacher, which takes longest; fm and decoder need no teacher and may be made beside it. With one
+The order is vae, text, then the teacher; fm and decoder need no teacher and may be made beside it. With one
 thread each (OMP_NUM_THREADS=1) two processes share two cores well.
 """
 
