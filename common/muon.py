@@ -25,7 +25,8 @@ def orthogonalize(x, steps=5, eps=1e-7):
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon with Nesterov momentum and adjust_lr_fn="match_rms_adamw", for matrices (rows, columns) alone.
+    """torch.optim.Muon with Nesterov momentum and adjust_lr_fn="match_rms_adamw", for matrices (rows, columns) and kernels of
+    convolutions (rows, ...), which count as matrices of as many rows.
 
     The step of a matrix is its averaged gradient made orthogonal, so that no direction starves. It is as large as AdamW's would be,
     so both can have one learning rate.
@@ -50,10 +51,11 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             same = collections.defaultdict(list)  # shape -> [(weight, update)], wide
             for w, update in zip(weights, ahead, strict=True):
-                wide = w.shape[0] <= w.shape[1]
-                same[tuple(sorted(w.shape))].append((w, update if wide else update.T, wide))
+                update = update.flatten(1)
+                wide = update.shape[0] <= update.shape[1]
+                same[tuple(sorted(update.shape))].append((w, update if wide else update.T, wide))
             for shape, rows in same.items():
                 steps = orthogonalize(torch.stack([update for _, update, _ in rows]))
                 length = group["lr"] * 0.2 * max(shape) ** 0.5
                 for (w, _, wide), step in zip(rows, steps, strict=True):
-                    w.add_(step if wide else step.T, alpha=-length)
+                    w.add_((step if wide else step.T).view(w.shape), alpha=-length)
