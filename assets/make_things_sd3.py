@@ -184,7 +184,7 @@ def new_autoencoder():
     )  # fmt: skip
 
 
-def make_autoencoder(out, device, steps=5400, batch=32, side=64, lr=4e-3, kl_weight=4e-4, seed=0, state="runs/things-vae"):
+def make_autoencoder(out, device, steps=5000, batch=32, side=64, lr=4e-3, kl_weight=1e-3, seed=0, state="runs/things-vae"):
     """vae/: an AutoencoderKL with the global shift and scale that make its latents zero-mean and of unit deviation.
 
     It learns on crops, which hold more than the plain ground of whole pictures; in the last third on whole pictures, since a

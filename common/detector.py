@@ -301,8 +301,8 @@ def spoil(scene, how, rng):
 
 
 def check_detector(n=1000, seed=1):
-    """{what: share of n pictures (a fifth of them novel) that are accepted}: "true" pictures, then false ones, which should be near 0:
-    a "word" of the caption exchanged, and each way of spoil()."""
+    """{what: share of n pictures (a fifth of them novel) that are accepted}: "true" pictures; then false ones, which should
+    be near 0, a "word" of the caption exchanged, and each way of spoil()."""
     rng, accepted = np.random.default_rng(0), dict.fromkeys(("true", "word", "mixed", "alike", "cut", "doubled"), 0)
     for i in range(n):
         scene = make_scene("novel" if i % 5 == 0 else "val", seed, i)

@@ -13,8 +13,11 @@ the same banana, so places far apart must agree.
 
 import functools
 import hashlib
+import json
 import math
+from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -145,6 +148,31 @@ def vocabulary():
 def unknown_words(prompt):
     """Those words of a prompt that no caption of the class world holds, in order."""
     return [word for word in prompt.lower().replace(",", " ").replace(".", " ").split() if word not in vocabulary()]
+
+
+def read_geneval(path):
+    """GenEval's own prompt file (evaluation_metadata.jsonl), as far as this world knows its things.
+
+    Returns ([(tag, prompt), ...], Counter of the words because of which the other prompts are left out).
+    Raises SystemExit with one sentence when it cannot be read, or nothing in it is known here.
+    """
+    try:
+        lines = Path(path).read_text("utf-8-sig").split("\n")
+        rows = [json.loads(line) for line in lines if line.strip()]
+        pairs = [(row["tag"], row["prompt"]) for row in rows]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SystemExit(f"{path} is not GenEval's evaluation_metadata.jsonl, a JSON object with a tag and a prompt a line: "
+                         f"{error!r}.") from error  # fmt: skip
+    known, left_out = [], Counter()
+    for tag, prompt in pairs:
+        try:
+            parse_caption(prompt)
+            known.append((tag, prompt))
+        except ValueError:
+            left_out[" ".join(unknown_words(prompt)) or prompt] += 1
+    if not known:
+        raise SystemExit(f"no prompt of {path} names only things of the class world: {', '.join(THINGS)}.")
+    return known, left_out
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The class world: the same picture for the same item, captions that read back, contrast, speed; the detector on known truth."""
 
+import json
 import time
 
 import numpy as np
@@ -9,8 +10,21 @@ from common import detector
 from common.detector import check_detector, detect, falsify, holds
 from common.things import THINGS, shade
 from common.world import (
-    COLORS, CONTRAST, FAMILIES, NOVEL_PAIRS, SIDE, Look, ThingsWorld, draw, family_of, make_scene, parse_caption,
-    sprite, unknown_words, write_caption,
+    COLORS,
+    CONTRAST,
+    FAMILIES,
+    NOVEL_PAIRS,
+    SIDE,
+    Look,
+    ThingsWorld,
+    draw,
+    family_of,
+    make_scene,
+    parse_caption,
+    read_geneval,
+    sprite,
+    unknown_words,
+    write_caption,
 )  # fmt: skip
 
 
@@ -56,6 +70,26 @@ def test_other_texts_are_refused(text):
 
 def test_unknown_words_are_named():
     assert unknown_words("a photo of a red dinosaur above a cup") == ["dinosaur"]
+
+
+def test_genevals_own_file_is_read_and_what_is_left_out_is_named(tmp_path):
+    rows = [
+        {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
+        {"tag": "counting", "include": [{"class": "bus", "count": 3}], "prompt": "a photo of three buses"},
+        {"tag": "position", "prompt": "a photo of a dog right of a teddy bear"},
+        {"tag": "color_attr", "prompt": "a photo of a purple dog and a black chair"},
+    ]
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_text("\ufeff" + "\n".join(json.dumps(row) for row in rows), "utf-8")
+    known, left_out = read_geneval(path)
+    assert known == [("counting", rows[1]["prompt"]), ("color_attr", rows[3]["prompt"])]
+    assert left_out == {"bench": 1, "teddy": 1}
+    path.write_text(json.dumps(rows[0]), "utf-8")
+    with pytest.raises(SystemExit, match="names only things of the class world"):
+        read_geneval(path)
+    path.write_text("no json", "utf-8")
+    with pytest.raises(SystemExit, match="is not GenEval's"):
+        read_geneval(path)
 
 
 def test_what_the_caption_does_not_tell_apart_looks_alike():
