@@ -1,8 +1,8 @@
 """Make a complete Stable Diffusion 3 pipeline for the class world, a thousand times smaller, from nothing.
 
-The course needs a teacher of another architecture, text encoders and an autoencoder, and a class has no time to download
-16 GB. So this script trains all three, in the shape of the real thing: an AutoencoderKL (f = 8, 16 channels), two CLIP
-text models, and SD3's MMDiT.
+The course needs a teacher of another architecture, text encoders and an autoencoder, and a class has no time
+to download 16 GB. So this script trains all three, in the shape of the real thing: an AutoencoderKL (f = 8,
+16 channels), two CLIP text models, and SD3's MMDiT.
 
     python -m assets.make_things_sd3 --only vae --out runs/things-sd3
 
@@ -46,7 +46,16 @@ from common.pictures import to_tensor
 from common.run import learning_rate, update_ema
 from common.seeds import batch_indices, rng
 from common.things import THINGS
-from common.world import COLORS, SIDE, ThingsWorld, family_of, make_scene, parse_caption, vocabulary, write_caption
+from common.world import (
+    COLORS,
+    SIDE,
+    ThingsWorld,
+    family_of,
+    make_scene,
+    parse_caption,
+    vocabulary,
+    write_caption,
+)
 from data import encode_dataset
 
 
@@ -60,14 +69,18 @@ def say(part, bar, step, steps, **values):
     shown = {name: f"{value:.3g}" for name, value in values.items()}
     bar.set_postfix(shown, refresh=False)
     if bar.disable and (step + 1) % 100 == 0:
-        print(f"{part}: step {step + 1} of {steps}, " + ", ".join(f"{n} {v}" for n, v in shown.items()), flush=True)
+        print(
+            f"{part}: step {step + 1} of {steps}, " + ", ".join(f"{n} {v}" for n, v in shown.items()),
+            flush=True,
+        )
 
 
 def save_part(network, folder):
     """A diffusers or transformers network in half precision, complete or not at all."""
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     copy.deepcopy(network).half().save_pretrained(beside)
-    # transformers would load half precision as such, diffusers as float32, and the pipeline would mix them: float32 for all.
+    # transformers would load half precision as such, diffusers as float32, and the pipeline would mix them:
+    # float32 for all.
     config = json.loads((beside / "config.json").read_text())
     if "dtype" in config:
         save_json({**config, "dtype": "float32"}, beside / "config.json")
@@ -75,15 +88,16 @@ def save_part(network, folder):
     os.replace(beside, folder)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The autoencoder
 
 
 class Leaves:
-    """Pictures of nothing in particular, which teach an autoencoder what any picture may hold: `side` pixels, (side, side, 3).
+    """Pictures of nothing in particular, which teach an autoencoder what any picture may hold: `side` pixels,
+    (side, side, 3).
 
-    "Dead leaves": shapes of all sizes, each hiding what was drawn before, filled with flat colors, gradients and noise of
-    natural spectrum; then, some of the time, strokes and letters.
+    "Dead leaves": shapes of all sizes, each hiding what was drawn before, filled with flat colors, gradients
+    and noise of natural spectrum; then, some of the time, strokes and letters.
     """
 
     def __init__(self, side, seed=0, textures=48):
@@ -153,7 +167,8 @@ class Leaves:
 
 
 def crop(picture, side, g, tries=3):
-    """A square of `side` pixels with something in it: of `tries` places the one whose pixels differ most. (H, W, 3) uint8."""
+    """A square of `side` pixels with something in it: of `tries` places the one whose pixels differ most. (H,
+    W, 3) uint8."""
     most, best = -1.0, None
     for _ in range(tries):
         y, x = g.integers(0, picture.shape[0] - side + 1), g.integers(0, picture.shape[1] - side + 1)
@@ -164,7 +179,8 @@ def crop(picture, side, g, tries=3):
 
 
 def autoencoder_batch(world, leaves, seed, step, size, side):
-    """(B, 3, side, side) in [-1, 1]: half the class world's pictures, half leaves; a pure function of (seed, step)."""
+    """(B, 3, side, side) in [-1, 1]: half the class world's pictures, half leaves; a pure function of (seed,
+    step)."""
     g = np.random.default_rng((seed, step))
     parts = []
     while len(parts) < size // 2:  # two crops of each picture of the world, or the picture
@@ -184,11 +200,15 @@ def new_autoencoder():
     )  # fmt: skip
 
 
-def make_autoencoder(out, device, steps=5000, batch=32, side=64, lr=4e-3, kl_weight=1e-3, seed=0, state="runs/things-vae"):
-    """vae/: an AutoencoderKL with the global shift and scale that make its latents zero-mean and of unit deviation.
+def make_autoencoder(
+    out, device, steps=5000, batch=32, side=64, lr=4e-3, kl_weight=1e-3, seed=0, state="runs/things-vae"
+):
+    """vae/: an AutoencoderKL with the global shift and scale that make its latents zero-mean and of unit
+    deviation.
 
-    It learns on crops, which hold more than the plain ground of whole pictures; in the last third on whole pictures, since a
-    GroupNorm does mind how much of a picture is plain. Muon for the kernels: after 160 steps it is 2 to 3 dB ahead of AdamW.
+    It learns on crops, which hold more than the plain ground of whole pictures; in the last third on whole
+    pictures, since a GroupNorm does mind how much of a picture is plain. Muon for the kernels: after 160
+    steps it is 2 to 3 dB ahead of AdamW.
     """
     torch.manual_seed(seed)
     vae = new_autoencoder().to(device, memory_format=torch.channels_last)
@@ -197,7 +217,15 @@ def make_autoencoder(out, device, steps=5000, batch=32, side=64, lr=4e-3, kl_wei
     optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)]
     optimizers.append(Muon(kernels, lr=lr, weight_decay=0.01))
     world, crops, whole = ThingsWorld("train", seed, steps * batch), Leaves(side), Leaves(2 * side)
-    settings = {"steps": steps, "batch": batch, "side": side, "lr": lr, "kl": kl_weight, "seed": seed, "world": world.name}
+    settings = {
+        "steps": steps,
+        "batch": batch,
+        "side": side,
+        "lr": lr,
+        "kl": kl_weight,
+        "seed": seed,
+        "world": world.name,
+    }
     first = load_state(state, settings, optimizers, vae=vae)
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="vae", mininterval=1, disable=None)
     smooth = []
@@ -208,7 +236,9 @@ def make_autoencoder(out, device, steps=5000, batch=32, side=64, lr=4e-3, kl_wei
             x = autoencoder_batch(world, crops, seed, step, batch, side).to(device)
         else:
             x = autoencoder_batch(world, whole, seed, step, batch // 4, 2 * side).to(device)
-        torch.manual_seed(int(torch.randint(2**31, (), generator=rng(seed, step))))  # for the posterior's sample
+        torch.manual_seed(
+            int(torch.randint(2**31, (), generator=rng(seed, step)))
+        )  # for the posterior's sample
         with torch.autocast(device.type, torch.bfloat16, enabled=matmul_dtype(device) == torch.bfloat16):
             posterior = vae.encode(x).latent_dist
             restored = vae.decode(posterior.sample()).sample.float()
@@ -233,24 +263,28 @@ def make_autoencoder(out, device, steps=5000, batch=32, side=64, lr=4e-3, kl_wei
         z = torch.cat([vae.encode(part.to(device)).latent_dist.mean for part in x.split(32)])
         restored = torch.cat([vae.decode(part).sample.cpu() for part in z.split(32)])
     psnr = (10 * torch.log10(4 / ((restored.clamp(-1, 1) - x) ** 2).mean((1, 2, 3)))).mean().item()
-    # One scale for all channels, as SD3: unit deviation per channel would blow up the channels that hold next to nothing.
+    # One scale for all channels, as SD3: unit deviation per channel would blow up the channels that hold next
+    # to nothing.
     shift, scale = z.mean().item(), 1 / z.std().item()
     vae.register_to_config(shift_factor=round(shift, 4), scaling_factor=round(scale, 4))
     print(f"vae: {psnr:.2f} dB on {len(val)} validation pictures, shift {shift:.4f}, scale {scale:.4f}")
     save_part(vae.cpu(), out / "vae")
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Tokenizers and text encoders
 
 NAMES, PALETTE = list(THINGS), np.array(list(COLORS.values()))
 
 
 def make_tokenizers(out, merges=992, max_tokens=24):
-    """CLIP's byte-pair tokenizer, merges learned on captions of the class world and on the Unicode names of pictographs."""
+    """CLIP's byte-pair tokenizer, merges learned on captions of the class world and on the Unicode names of
+    pictographs."""
     names = [unicodedata.name(chr(c), "").lower() for c in (*range(0x2600, 0x27C0), *range(0x1F300, 0x1FB00))]
     world = ThingsWorld("train", 0, 20_000)
-    corpus = [world.caption(i) for i in range(len(world))] + [f"a photo of a {name}" for name in names if name]
+    corpus = [world.caption(i) for i in range(len(world))] + [
+        f"a photo of a {name}" for name in names if name
+    ]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -258,8 +292,9 @@ def make_tokenizers(out, merges=992, max_tokens=24):
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     at_end = [a + "</w>" for a in alphabet]
-    # Of two pairs that occur equally often, the one with the lower token numbers is merged first. Bytes at a word's end get theirs
-    # here; by itself the trainer numbers them as it meets them, in another order each time.
+    # Of two pairs that occur equally often, the one with the lower token numbers is merged first. Bytes at a
+    # word's end get theirs here; by itself the trainer numbers them as it meets them, in another order each
+    # time.
     trainer = trainers.BpeTrainer(
         vocab_size=len(at_end) + len(alphabet) + merges,
         special_tokens=at_end,
@@ -269,7 +304,8 @@ def make_tokenizers(out, merges=992, max_tokens=24):
     )
     bpe.train_from_iterator(corpus, trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    # CLIP's order: "!" first (it is the padding of the second tokenizer), bytes, bytes at a word's end, merges, specials.
+    # CLIP's order: "!" first (it is the padding of the second tokenizer), bytes, bytes at a word's end,
+    # merges, specials.
     tokens = alphabet + at_end + ["".join(pair) for pair in merges] + ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
@@ -277,7 +313,9 @@ def make_tokenizers(out, merges=992, max_tokens=24):
         tokenizer.save_pretrained(out / name)
     broken = [word for word in vocabulary() if f"{word}</w>" not in vocab]
     if broken:
-        raise SystemExit(f"the tokenizer cuts {', '.join(broken)} into pieces: give make_tokenizers more merges.")
+        raise SystemExit(
+            f"the tokenizer cuts {', '.join(broken)} into pieces: give make_tokenizers more merges."
+        )
     return len(vocab)
 
 
@@ -302,22 +340,31 @@ def describe(scene):
                 dx, dy = b.x - a.x, b.y - a.y
                 side = (0 if dx > 0 else 1) if abs(dx) > abs(dy) else (2 if dy > 0 else 3)
                 sides[here, NAMES.index(b.look.name), side] = 1
-    return torch.cat([f.flatten() for f in (pairs, pairs.amax(1), sides, sides.amax(1), counts, counts.amax(0))])
+    return torch.cat(
+        [f.flatten() for f in (pairs, pairs.amax(1), sides, sides.amax(1), counts, counts.amax(0))]
+    )
 
 
 def readings(caption, tokens):
-    """What a caption says, as classes for the read-outs of make_text_encoders; -100 where there is nothing to tell.
+    """What a caption says, as classes for the read-outs of make_text_encoders; -100 where there is nothing to
+    tell.
 
-    at each noun (tokens,): its color (10: none named); at the second noun (tokens,): its side of the first (4: none named);
-    at the end, for each thing (26,): color, side, count. Every word of these captions is one token.
+    at each noun (tokens,): its color (10: none named); at the second noun (tokens,): its side of the first
+    (4: none named); at the end, for each thing (26,): color, side, count. Every word of these captions is one
+    token.
     """
     phrases, relation = parse_caption(caption)
-    side_of = {"left of": (0, 1), "right of": (1, 0), "above": (2, 3), "below": (3, 2), None: (4, 4)}[relation]
+    side_of = {"left of": (0, 1), "right of": (1, 0), "above": (2, 3), "below": (3, 2), None: (4, 4)}[
+        relation
+    ]
     color_here, side_here = torch.full((2, tokens), -100)
     color, side = torch.full((2, len(NAMES)), -100)
     count = torch.zeros(len(NAMES), dtype=torch.long)
     parts = [caption] if len(phrases) == 1 else caption.split(f" {relation or 'and'} ")
-    nouns = [len(parts[0].split()), len(caption.split())]  # the last word of each part; the first token is <|startoftext|>
+    nouns = [
+        len(parts[0].split()),
+        len(caption.split()),
+    ]  # the last word of each part; the first token is <|startoftext|>
     for k, phrase in enumerate(phrases):
         thing, noun = NAMES.index(phrase.name), nouns[k]
         color_here[noun] = color[thing] = list(COLORS).index(phrase.color) if phrase.color else len(COLORS)
@@ -328,7 +375,8 @@ def readings(caption, tokens):
 
 
 def hard_negatives(caption, chance, n=3):
-    """n captions that are false of its picture and nearly the same: things or colors swapped, one idea exchanged."""
+    """n captions that are false of its picture and nearly the same: things or colors swapped, one idea
+    exchanged."""
     phrases, relation = parse_caption(caption)
     wrong = []
     if relation:  # a cat left of a cup -> a cup left of a cat
@@ -339,15 +387,16 @@ def hard_negatives(caption, chance, n=3):
     return wrong + [falsify(caption, chance) for _ in range(n - len(wrong))]
 
 
-
 def make_text_encoders(out, device, steps=900, batch=128, lr=3e-3, seed=1):
-    """Two CLIP text models, trained as CLIP is: every caption must find its scene among the batch's, and back.
+    """Two CLIP text models, trained as CLIP is: every caption must find its scene among the batch's, and
+    back.
 
-    CLIP trained so learns which words there are, not which belongs to which: after hundreds of steps "a red cat and a blue
-    cup" and its swap were still one to it, and no diffusion model learned position from its states. SD3 has T5 for that; T5
-    is not to be made in an afternoon. So there are two helps. Hard negatives (NegCLIP, arXiv 2210.01936): a scene must also
-    tell its caption from three that differ in one word or in their order. Read-outs, linear and not saved: the states that the
-    diffusion models get (the layer before last) must tell each noun's color and side, and at the end the whole caption.
+    CLIP trained so learns which words there are, not which belongs to which: after hundreds of steps "a red
+    cat and a blue cup" and its swap were still one to it, and no diffusion model learned position from its
+    states. SD3 has T5 for that; T5 is not to be made in an afternoon. So there are two helps. Hard negatives
+    (NegCLIP, arXiv 2210.01936): a scene must also tell its caption from three that differ in one word or in
+    their order. Read-outs, linear and not saved: the states that the diffusion models get (the layer before
+    last) must tell each noun's color and side, and at the end the whole caption.
     """
     words, length = make_tokenizers(out), 16  # what lies behind 16 tokens is padding in every caption
     tokenizers = [CLIPTokenizer.from_pretrained(out / name) for name in ("tokenizer", "tokenizer_2")]
@@ -361,8 +410,12 @@ def make_text_encoders(out, device, steps=900, batch=128, lr=3e-3, seed=1):
             pad_token_id=words - 1 if width == 64 else 0)))  # fmt: skip
         towers[-1].text_model.embeddings.position_embedding.weight.data.mul_(4)  # order matters here
     seen, n, kinds = len(describe(make_scene("train", seed, 0))), len(NAMES), len(COLORS) + 1
-    scene_tower = nn.ModuleList(nn.Sequential(nn.Linear(seen, 512), nn.ReLU(), nn.Linear(512, w)) for w in (64, 96))
-    readouts = nn.ModuleList(nn.ModuleList(nn.Linear(w, m) for m in (kinds, 5, n * kinds, n * 5, n * 5)) for w in (64, 96))
+    scene_tower = nn.ModuleList(
+        nn.Sequential(nn.Linear(seen, 512), nn.ReLU(), nn.Linear(512, w)) for w in (64, 96)
+    )
+    readouts = nn.ModuleList(
+        nn.ModuleList(nn.Linear(w, m) for m in (kinds, 5, n * kinds, n * 5, n * 5)) for w in (64, 96)
+    )
     temperature = nn.Parameter(torch.full((2,), math.log(1 / 0.07)))
     everything = nn.ModuleList([towers, scene_tower, readouts, nn.ParameterList([temperature])]).to(device)
     matrices = [w for name, w in towers.named_parameters() if w.dim() == 2 and ".layers." in name]
@@ -377,30 +430,45 @@ def make_text_encoders(out, device, steps=900, batch=128, lr=3e-3, seed=1):
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = lr * min(1, (step + 1) / 30) * min(1, (steps - step) / (0.4 * steps))
         chance = np.random.default_rng((seed, step))
-        scenes = [make_scene("train", seed, step * batch + i, str(chance.choice(families))) for i in range(batch)]
+        scenes = [
+            make_scene("train", seed, step * batch + i, str(chance.choice(families))) for i in range(batch)
+        ]
         captions = [scene.caption for scene in scenes]
         wrong = [negative for caption in captions for negative in hard_negatives(caption, chance)]
         described = torch.stack([describe(scene) for scene in scenes]).to(device)
-        said = [torch.stack(column).to(device) for column in zip(*(readings(c, length) for c in captions), strict=True)]
+        said = [
+            torch.stack(column).to(device)
+            for column in zip(*(readings(c, length) for c in captions), strict=True)
+        ]
         # Equal captions are equally right: the target spreads over them.
         same = torch.tensor([[a == b for b in captions] for a in captions]).float().to(device)
         target = same / same.sum(1, keepdim=True)
         loss, told = 0, []
         for k, (tokenizer, tower) in enumerate(zip(tokenizers, towers, strict=True)):
             ids = (
-                tokenizer(captions + wrong, padding="max_length", return_tensors="pt").input_ids[:, :length].to(device)
+                tokenizer(captions + wrong, padding="max_length", return_tensors="pt")
+                .input_ids[:, :length]
+                .to(device)
             )
             end = (ids == words - 1).int().argmax(1)
             states = tower(ids, output_hidden_states=True).hidden_states
             scene = F.normalize(scene_tower[k](described), dim=-1)
-            for state in states[-2:]:  # the contrastive loss at the last layer, and at the one whose states are used
-                summary = tower.text_projection(tower.text_model.final_layer_norm(state[torch.arange(len(ids)), end]))
+            for state in states[
+                -2:
+            ]:  # the contrastive loss at the last layer, and at the one whose states are used
+                summary = tower.text_projection(
+                    tower.text_model.final_layer_norm(state[torch.arange(len(ids)), end])
+                )
                 text = F.normalize(summary, dim=-1)
                 scale = temperature[k].exp().clamp(max=100)
                 logits = scale * scene @ text[:batch].T  # (B, B)
                 negative = scale * (scene[:, None] * text[batch:].unflatten(0, (batch, -1))).sum(-1)  # (B, 3)
                 wide = torch.cat([logits, negative], dim=1)
-                loss = loss + F.cross_entropy(wide, F.pad(target, (0, 3))) / 4 + F.cross_entropy(logits.T, target) / 4
+                loss = (
+                    loss
+                    + F.cross_entropy(wide, F.pad(target, (0, 3))) / 4
+                    + F.cross_entropy(logits.T, target) / 4
+                )
                 told.append((logits.diagonal() > negative.max(1).values).float().mean().item())
             used = states[-2][:batch]
             at_end = used[torch.arange(batch), end[:batch]]
@@ -417,33 +485,51 @@ def make_text_encoders(out, device, steps=900, batch=128, lr=3e-3, seed=1):
         save_part(tower.cpu(), out / name)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The teacher
 
 
 def what_is_where(scene, cells=8):
-    """(cells * cells, 36) shares of each cell that the things' boxes cover: one class for each thing, one for each color."""
+    """(cells * cells, 36) shares of each cell that the things' boxes cover: one class for each thing, one for
+    each color."""
     target, side = torch.zeros(cells, cells, len(NAMES) + len(COLORS)), SIDE / cells
     for thing in scene.things:
         cover = []
         for centre in (thing.y, thing.x):
             low, high = centre - thing.look.radius, centre + thing.look.radius
-            cover.append(torch.tensor([max(0.0, min(high, (i + 1) * side) - max(low, i * side)) / side for i in range(cells)]))
+            cover.append(
+                torch.tensor(
+                    [max(0.0, min(high, (i + 1) * side) - max(low, i * side)) / side for i in range(cells)]
+                )
+            )
         for index in (NAMES.index(thing.look.name), len(NAMES) + color_index(thing.look.rgb)):
             target[:, :, index] += cover[0][:, None] * cover[1][None]
     return target.flatten(0, 1).clamp(max=1)
 
 
-def make_teacher(out, device, steps=12_000, batch=64, lr=3e-3, pictures=100_000, seed=2, focus=0.3, state="runs/things-teacher"):
-    """transformer/: the MMDiT, by flow matching on the frozen autoencoder's latents with the frozen CLIPs' states.
+def make_teacher(
+    out,
+    device,
+    steps=12_000,
+    batch=64,
+    lr=3e-3,
+    pictures=100_000,
+    seed=2,
+    focus=0.3,
+    state="runs/things-teacher",
+):
+    """transformer/: the MMDiT, by flow matching on the frozen autoencoder's latents with the frozen CLIPs'
+    states.
 
-    A patch is 2x2 latent cells, as in SD3, so the picture has 64 tokens. Behind the text stands one zero token where T5's would be.
+    A patch is 2x2 latent cells, as in SD3, so the picture has 64 tokens. Behind the text stands one zero
+    token where T5's would be.
 
-    A second loss helps it to learn composition sooner: a linear read-out of its fourth block must tell what is where
-    (in the spirit of REPA, arXiv 2410.06940, with the scene itself in place of a pretrained picture encoder). The
-    read-out is not saved. The students never get this help: they learn as the paper says.
+    A second loss helps it to learn composition sooner: a linear read-out of its fourth block must tell what
+    is where (in the spirit of REPA, arXiv 2410.06940, with the scene itself in place of a pretrained picture
+    encoder). The read-out is not saved. The students never get this help: they learn as the paper says.
 
-    `focus` is the share of each batch that is taken from captions whose things must be drawn in agreement, one of each kind or
+    `focus` is the share of each batch that is taken from captions whose things must be drawn in agreement,
+    one of each kind or
     three and four of one: that is learned last.
 
     Its state is kept in the folder `state`, from which the same call goes on.
@@ -451,11 +537,15 @@ def make_teacher(out, device, steps=12_000, batch=64, lr=3e-3, pictures=100_000,
     encoders = FrozenEncoders(out, device)
     world = ThingsWorld("train", 0, pictures)
     data = encode_dataset(world, encoders)
-    hard = [family_of(c) in ("two", "attribution") or parse_caption(c)[0][0].count > 2 for c in data.captions[1:]]
+    hard = [
+        family_of(c) in ("two", "attribution") or parse_caption(c)[0][0].count > 2 for c in data.captions[1:]
+    ]
     hard = torch.tensor([False, *hard])[data.caption_ids].nonzero()[:, 0]  # indices of pictures
     maps = torch.stack([(what_is_where(world.scene(i)) * 255).byte() for i in range(pictures)])  # (N, 64, 36)
     pooled, width = data.pooled.float().to(device), 192  # 64 + 96, padded with zeros as SD3 pads 2048 to 4096
-    text = F.pad(data.states.float(), (0, width - encoders.text_dim, 0, 1)).to(device)  # (K, T + 1, 192), the last zero
+    text = F.pad(data.states.float(), (0, width - encoders.text_dim, 0, 1)).to(
+        device
+    )  # (K, T + 1, 192), the last zero
     torch.manual_seed(seed)
     model = SD3Transformer2DModel(
         sample_size=16, patch_size=2, in_channels=16, num_layers=7, attention_head_dim=32, num_attention_heads=5,
@@ -467,7 +557,8 @@ def make_teacher(out, device, steps=12_000, batch=64, lr=3e-3, pictures=100_000,
     ema = copy.deepcopy(model).requires_grad_(False)
     readout, seen = nn.Linear(160, len(NAMES) + len(COLORS)).to(device), []
     model.transformer_blocks[3].register_forward_hook(lambda block, inputs, output: seen.append(output[1]))
-    # Muon for the matrices of the blocks: from the same state its loss fell faster than AdamW's. AdamW for everything else.
+    # Muon for the matrices of the blocks: from the same state its loss fell faster than AdamW's. AdamW for
+    # everything else.
     parameters = [*model.parameters(), *readout.parameters()]
     matrices = [p for p in model.transformer_blocks.parameters() if p.dim() == 2]
     others = [p for p in parameters if not any(p is matrix for matrix in matrices)]
@@ -475,13 +566,23 @@ def make_teacher(out, device, steps=12_000, batch=64, lr=3e-3, pictures=100_000,
         torch.optim.AdamW(others, lr=lr, fused=True, betas=(0.9, 0.99), weight_decay=0.01),
         Muon(matrices, lr=lr, weight_decay=0.01),
     ]
-    settings = {"steps": steps, "batch": batch, "lr": lr, "seed": seed, "pictures": world.name, "focus": focus}
+    settings = {
+        "steps": steps,
+        "batch": batch,
+        "lr": lr,
+        "seed": seed,
+        "pictures": world.name,
+        "focus": focus,
+    }
     settings["encoders"] = encoders.fingerprint()
     first = load_state(state, settings, optimizers, model=model, ema=ema, readout=readout)
     for block in model.transformer_blocks:
         block.compile()
 
-    bar, log = tqdm(range(first, steps), initial=first, total=steps, desc="teacher", mininterval=1, disable=None), []
+    bar, log = (
+        tqdm(range(first, steps), initial=first, total=steps, desc="teacher", mininterval=1, disable=None),
+        [],
+    )
     for step in bar:
         for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["lr"] = lr * learning_rate(step, steps)
@@ -511,7 +612,9 @@ def make_teacher(out, device, steps=12_000, batch=64, lr=3e-3, pictures=100_000,
             smooth, smooth_where = torch.stack(log).mean(0).tolist()
             say("teacher", bar, step, steps, loss=smooth, what_is_where=smooth_where)
             if not math.isfinite(smooth):
-                raise SystemExit(f"the teacher's loss became NaN by step {step}: lower its learning rate of {lr}.")
+                raise SystemExit(
+                    f"the teacher's loss became NaN by step {step}: lower its learning rate of {lr}."
+                )
             log = []
         if (step + 1) % 500 == 0 or step + 1 == steps:
             save_state(state, step + 1, settings, optimizers, model=model, ema=ema, readout=readout)
@@ -519,13 +622,21 @@ def make_teacher(out, device, steps=12_000, batch=64, lr=3e-3, pictures=100_000,
 
 
 def make_silent_t5(out, width=192):
-    """text_encoder_3/, tokenizer_3/: a T5 that says nothing. Its last norm is zero, and so are all its states.
+    """text_encoder_3/, tokenizer_3/: a T5 that says nothing. Its last norm is zero, and so are all its
+    states.
 
-    SD3 can do without T5 (the pipeline then appends as many zero tokens as T5 would give), but diffusers loads such a
-    folder only when told so by hand. With this one it loads by itself, draws the same, and has the layout of the real one.
+    SD3 can do without T5 (the pipeline then appends as many zero tokens as T5 would give), but diffusers
+    loads such a folder only when told so by hand. With this one it loads by itself, draws the same, and has
+    the layout of the real one.
     """
     letters = [chr(c) for c in range(33, 127)]
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *((letter, -4.0) for letter in letters)]
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("\u2581", -2.0),
+        *((letter, -4.0) for letter in letters),
+    ]
     T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(out / "tokenizer_3")
     config = T5Config(vocab_size=len(pieces), d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
     silent = T5EncoderModel(config)
@@ -553,12 +664,19 @@ def main(argv=None):
     p = Parser(__doc__, "python -m assets.make_things_sd3 --only vae")
     p.add_argument("--out", type=Path, default=Path("runs/things-sd3"), help="where to")
     p.add_argument("--only", choices=("vae", "text", "teacher"), required=True, help="which part")
-    p.add_argument("--steps", type=integer(1), help="training steps of the part named by --only, if not its own number")
+    p.add_argument(
+        "--steps", type=integer(1), help="training steps of the part named by --only, if not its own number"
+    )
     p.add_argument("--lr", type=real(above=0), help="the same of its learning rate")
     add_device(p)
     args = p.parse_args(argv)
-    device, own = pick_device(args.device), {name: getattr(args, name) for name in ("steps", "lr") if getattr(args, name)}
-    {"vae": make_autoencoder, "text": make_text_encoders, "teacher": make_teacher}[args.only](args.out, device, **own)
+    device, own = (
+        pick_device(args.device),
+        {name: getattr(args, name) for name in ("steps", "lr") if getattr(args, name)},
+    )
+    {"vae": make_autoencoder, "text": make_text_encoders, "teacher": make_teacher}[args.only](
+        args.out, device, **own
+    )
     make_silent_t5(args.out)
     make_index(args.out)
 

@@ -1,13 +1,17 @@
-"""The detector of mini-GenEval: which things are in a picture of the class world, where, in which color, and how purely.
+"""The detector of mini-GenEval: which things are in a picture of the class world, where, in which color, and
+how purely.
 
-A picture's ground is a plane in each color channel; what differs from it falls into pieces. Each piece is compared with
-drawn examples of every thing in many poses. An example keeps how its pixels depend on the main color c,
+A picture's ground is a plane in each color channel; what differs from it falls into pieces. Each piece is
+compared with drawn examples of every thing in many poses. An example keeps how its pixels depend on the main
+color c,
 
     pixel = alpha c + beta,
 
-alpha (from 0 at a detail to 1) and beta (RGB) from drawing it once in black and once in white, since every shade is
-affine in c. So the best c for a piece is a least-squares fit, and what then remains unexplained says how well the example
-fits: outline and inner pattern in one number. Purity is the share of the thing's pixels that agree with a single c.
+alpha (from 0 at a detail to 1) and beta (RGB) from drawing it once in black and once in white, since every
+shade is affine in c. So the best c for a piece is a least-squares fit, and what then remains unexplained says
+how well the example
+fits: outline and inner pattern in one number. Purity is the share of the thing's pixels that agree with a
+single c.
 """
 
 import functools
@@ -20,7 +24,18 @@ from PIL import Image
 from scipy import ndimage
 
 from common.things import THINGS
-from common.world import COLORS, NUMBERS, SIDE, Look, draw, fills_of, make_scene, parse_caption, sprite, write_caption
+from common.world import (
+    COLORS,
+    NUMBERS,
+    SIDE,
+    Look,
+    draw,
+    fills_of,
+    make_scene,
+    parse_caption,
+    sprite,
+    write_caption,
+)
 
 GRID = 24  # pieces and examples are compared at this size
 POSES = 40  # examples of each thing, each of them also mirrored
@@ -36,8 +51,9 @@ PALETTE = np.array(list(COLORS.values()), dtype=np.float32)
 
 @dataclass(frozen=True)
 class Detection:
-    """A found thing: its name ("unknown" if it is like no example), the nearest of GenEval's colors, centre (x, y) of its box
-    and the box's size in pixels; how well the best example explains it, and the purity of its color, both 0..1."""
+    """A found thing: its name ("unknown" if it is like no example), the nearest of GenEval's colors, centre
+    (x, y) of its box and the box's size in pixels; how well the best example explains it, and the purity of
+    its color, both 0..1."""
 
     name: str
     color: str
@@ -51,7 +67,8 @@ class Detection:
 
 @dataclass(frozen=True)
 class Examples:
-    """T examples at GRID x GRID = G cells: cover (T, G), alpha (T, G), beta (T, G, 3); names (T,) as indices into NAMES."""
+    """T examples at GRID x GRID = G cells: cover (T, G), alpha (T, G), beta (T, G, 3); names (T,) as indices
+    into NAMES."""
 
     names: np.ndarray
     cover: np.ndarray
@@ -60,7 +77,8 @@ class Examples:
 
 
 def square_of(mask):
-    """The square (left, top, right, bottom) around a mask's box, in pixels, with the box (left, top, width, height)."""
+    """The square (left, top, right, bottom) around a mask's box, in pixels, with the box (left, top, width,
+    height)."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     half = max(right - left, bottom - top) / 2
@@ -69,13 +87,16 @@ def square_of(mask):
 
 
 def to_grid(channels, square):
-    """(H, W, C) float -> (GRID, GRID, C): what lies in the square (left, top, right, bottom), averaged to the grid; outside, 0."""
+    """(H, W, C) float -> (GRID, GRID, C): what lies in the square (left, top, right, bottom), averaged to the
+    grid; outside, 0."""
     left, top, right, bottom = square
     pad = int(max(0, -left, -top, right - channels.shape[1], bottom - channels.shape[0])) + 1
     wide = np.pad(channels, ((pad, pad), (pad, pad), (0, 0)))
     box = (left + pad, top + pad, right + pad, bottom + pad)
     size, how = (GRID, GRID), Image.Resampling.BILINEAR
-    layers = [Image.fromarray(np.ascontiguousarray(wide[..., k], dtype=np.float32)) for k in range(wide.shape[-1])]
+    layers = [
+        Image.fromarray(np.ascontiguousarray(wide[..., k], dtype=np.float32)) for k in range(wide.shape[-1])
+    ]
     return np.stack([np.asarray(layer.resize(size, how, box=box)) for layer in layers], axis=-1)
 
 
@@ -120,7 +141,9 @@ def compare(piece, ground):
     dm, da = e.cover @ d, e.alpha @ d  # (T, 3)
     db = e.beta.reshape(len(e.beta), -1) @ d.ravel()
     energy = (d**2).sum()
-    rest = energy - 2 * (db - dm @ ground) + s["bb"] - 2 * s["bm"] @ ground + s["mm"] * (ground**2).sum()  # |d - b + m g|^2
+    rest = (
+        energy - 2 * (db - dm @ ground) + s["bb"] - 2 * s["bm"] @ ground + s["mm"] * (ground**2).sum()
+    )  # |d - b + m g|^2
     toward = da - s["ab"] + s["am"][:, None] * ground  # sum of alpha (d - b + m g)
     color = np.clip(toward / s["aa"][:, None], 0, 255)
     error = rest - 2 * (color * toward).sum(1) + s["aa"] * (color**2).sum(1)
@@ -128,10 +151,12 @@ def compare(piece, ground):
 
 
 def purity_of(piece, ground, likeness, k):
-    """(main color RGB, share of the pixels that have it): of a piece that is most like example k. The color is the median.
+    """(main color RGB, share of the pixels that have it): of a piece that is most like example k. The color
+    is the median.
 
-    Looked at are those cells which the best examples of the thing all paint in the main color: no sprinkle of a donut, wherever
-    it lies, counts as another color. A cell on the way from the main color to the ground or to a detail is an edge that lies a
+    Looked at are those cells which the best examples of the thing all paint in the main color: no sprinkle of
+    a donut, wherever it lies, counts as another color. A cell on the way from the main color to the ground or
+    to a detail is an edge that lies a
     little elsewhere than in the examples: it counts neither way, if such cells are few.
     """
     e = examples()
@@ -145,7 +170,11 @@ def purity_of(piece, ground, likeness, k):
     main = np.median(colors, axis=0)
     pure = np.linalg.norm(colors - main, axis=1) < 60
     rgb = tuple(int(v) for v in np.clip(main, 0, 255))
-    details = {fill for corner in (0.0, 0.99) for fill in fills_of(Look(NAMES[e.names[k]], rgb, 4 * (corner,), False, 1.0))}
+    details = {
+        fill
+        for corner in (0.0, 0.99)
+        for fill in fills_of(Look(NAMES[e.names[k]], rgb, 4 * (corner,), False, 1.0))
+    }
     ways = np.array([ground, *sorted(details - {rgb})]) - main  # (K, 3)
     along = np.clip((colors - main) @ ways.T / np.maximum((ways**2).sum(1), 1), 0, 1)  # (N, K)
     edge = ~pure & (np.linalg.norm(colors[:, None] - main - along[..., None] * ways, axis=-1).min(1) < 40)
@@ -154,7 +183,8 @@ def purity_of(piece, ground, likeness, k):
 
 
 def fit_ground(pixels):
-    """The ground of a picture (H, W, 3): in each channel a plane through what lies near the border and whatever agrees with it."""
+    """The ground of a picture (H, W, 3): in each channel a plane through what lies near the border and
+    whatever agrees with it."""
     height, width = pixels.shape[:2]
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     plane = np.stack([np.ones_like(x), x, y], axis=-1).reshape(-1, 3)
@@ -199,12 +229,13 @@ def detect(picture):
     return sorted(found, key=lambda d: -d.width * d.height)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Does a caption hold?
 
 
 def holds(caption, detections):
-    """True if the detections are exactly what the caption says, nothing else is there, and each thing is of one color."""
+    """True if the detections are exactly what the caption says, nothing else is there, and each thing is of
+    one color."""
     phrases, relation = parse_caption(caption)
     wanted = [phrase for phrase in phrases for _ in range(phrase.count)]
     if len(detections) != len(wanted) or any(d.purity < PURE for d in detections):
@@ -217,7 +248,8 @@ def holds(caption, detections):
 
 
 def is_on_side(first, second, relation):
-    """GenEval's rule: a small overlap along an axis does not count, and 60 degrees to either side of an axis do."""
+    """GenEval's rule: a small overlap along an axis does not count, and 60 degrees to either side of an axis
+    do."""
     offset = np.array([first.x - second.x, first.y - second.y])
     slack = 0.1 * np.array([first.width + second.width, first.height + second.height])
     offset = np.sign(offset) * np.maximum(np.abs(offset) - slack, 0)
@@ -228,11 +260,16 @@ def is_on_side(first, second, relation):
 
 
 def falsify(caption, rng):
-    """The caption with one idea exchanged so that it is false of its picture: a thing, color, number or side."""
+    """The caption with one idea exchanged so that it is false of its picture: a thing, color, number or
+    side."""
     phrases, relation = parse_caption(caption)
     choices = [("relation", 0)] if relation else []
     for i, phrase in enumerate(phrases):
-        choices += [("name", i)] + ([("color", i)] if phrase.color else []) + ([("count", i)] if phrase.count > 1 else [])
+        choices += (
+            [("name", i)]
+            + ([("color", i)] if phrase.color else [])
+            + ([("count", i)] if phrase.count > 1 else [])
+        )
     what, i = choices[rng.integers(len(choices))]
 
     def other(options, than):
@@ -254,7 +291,8 @@ def falsify(caption, rng):
 
 @functools.cache
 def most_alike():
-    """{name: the thing that is most easily taken for it}, by the best likeness between their examples, in one color each."""
+    """{name: the thing that is most easily taken for it}, by the best likeness between their examples, in one
+    color each."""
     e, alike = examples(), {}
     ground = np.full(3, 205.0, np.float32)
     for index, name in enumerate(NAMES):
@@ -269,18 +307,21 @@ def most_alike():
     return alike
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The detector itself, on pictures whose truth is known
 
 
 def spoil(scene, how, rng):
-    """A picture of the scene in which one thing is wrong: "alike" the thing most like it stands in its place; "mixed" half of it
-    has a second color; "cut" half of it is missing; "doubled" it stands there twice, one over the other."""
+    """A picture of the scene in which one thing is wrong: "alike" the thing most like it stands in its place;
+    "mixed" half of it has a second color; "cut" half of it is missing; "doubled" it stands there twice, one
+    over the other."""
     i = int(rng.integers(len(scene.things)))
     thing, others = scene.things[i], scene.things[:i] + scene.things[i + 1 :]
     look = thing.look
     if how == "alike":
-        return draw(replace(scene, things=(*others, replace(thing, look=replace(look, name=most_alike()[look.name])))))
+        return draw(
+            replace(scene, things=(*others, replace(thing, look=replace(look, name=most_alike()[look.name]))))
+        )
     if how == "doubled":
         shift = look.radius * rng.uniform(0.4, 0.8) * (1 if thing.x < SIDE / 2 else -1)
         return draw(replace(scene, things=(*others, thing, replace(thing, x=thing.x + shift))))
@@ -294,16 +335,21 @@ def spoil(scene, how, rng):
     there = np.argwhere(light - dark > 128) - len(light) // 2
     y, x = (int(v) for v in np.median(there, axis=0) + (int(thing.y), int(thing.x)))
     half = 2 * math.ceil(look.radius)
-    box = [(x, y - half, x + half, y + half), (x - half, y, x + half, y + half)][rng.integers(2)]  # right or lower half
+    box = [(x, y - half, x + half, y + half), (x - half, y, x + half, y + half)][
+        rng.integers(2)
+    ]  # right or lower half
     box = tuple(min(max(v, 0), SIDE) for v in box)
     whole.paste(without.crop(box), box[:2])
     return whole
 
 
 def check_detector(n=1000, seed=1):
-    """{what: share of n pictures (a fifth of them novel) that are accepted}: "true" pictures; then false ones, which should
-    be near 0, a "word" of the caption exchanged, and each way of spoil()."""
-    rng, accepted = np.random.default_rng(0), dict.fromkeys(("true", "word", "mixed", "alike", "cut", "doubled"), 0)
+    """{what: share of n pictures (a fifth of them novel) that are accepted}: "true" pictures; then false
+    ones, which should be near 0, a "word" of the caption exchanged, and each way of spoil()."""
+    rng, accepted = (
+        np.random.default_rng(0),
+        dict.fromkeys(("true", "word", "mixed", "alike", "cut", "doubled"), 0),
+    )
     for i in range(n):
         scene = make_scene("novel" if i % 5 == 0 else "val", seed, i)
         found = detect(draw(scene))

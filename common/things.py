@@ -2,14 +2,15 @@
 
     def apple(p, c, u):      # p the pen, c the main color, u four free numbers in [0, 1): pose, proportions, a detail
 
-Coordinates: a thing fills the box [-1, 1] x [-1, 1], x to the right, y down; numbers for sizes are in the same unit.
-Whatever is drawn in `c` or a shade of it takes another color when a caption asks for it; the details (an eye, a
-wheel, a leaf) keep theirs. To add a thing: write a function, name it in THINGS with the colors that it has in life,
-and look at it:
+Coordinates: a thing fills the box [-1, 1] x [-1, 1], x to the right, y down; numbers for sizes are in the
+same unit. Whatever is drawn in `c` or a shade of it takes another color when a caption asks for it; the
+details (an eye, a wheel, a leaf) keep theirs. To add a thing: write a function, name it in THINGS with the
+colors that it has in life, and look at it:
 
     python data.py --thing apple --out apple.png
 
-A thing is one connected piece, with lines at least 0.1 thick: at 128 pixels nothing thinner survives the autoencoder.
+A thing is one connected piece, with lines at least 0.1 thick: at 128 pixels nothing thinner survives the
+autoencoder.
 """
 
 import math
@@ -21,7 +22,8 @@ WOOD, LEAF, DOUGH, LAMP = (110, 74, 48), (66, 156, 72), (226, 178, 110), (250, 2
 
 
 def shade(color, k):
-    """A darker (k < 1) or lighter (1 < k < 2) shade of an RGB color. Affine in the color, which the detector relies on."""
+    """A darker (k < 1) or lighter (1 < k < 2) shade of an RGB color. Affine in the color, which the detector
+    relies on."""
     return tuple(round(v * k if k < 1 else v + (255 - v) * (k - 1)) for v in color)
 
 
@@ -35,7 +37,8 @@ CIRCLE = arc(0, 0, 1, 1, 0, 350, 36)
 
 
 class Pen:
-    """Draws in a thing's own coordinates: the box [-1, 1]^2 lies at (x, y) with half extent r, in pixels of `draw`.
+    """Draws in a thing's own coordinates: the box [-1, 1]^2 lies at (x, y) with half extent r, in pixels of
+    `draw`.
 
     `flip` mirrors left and right, so that a cat may look either way.
     """
@@ -52,13 +55,17 @@ class Pen:
     def oval(self, cx, cy, rx, ry, color, turn=0.0):
         """An ellipse; `turn` in radians, clockwise."""
         cos, sin = math.cos(turn), math.sin(turn)
-        self.poly([(cx + rx * a * cos - ry * b * sin, cy + rx * a * sin + ry * b * cos) for a, b in CIRCLE], color)
+        self.poly(
+            [(cx + rx * a * cos - ry * b * sin, cy + rx * a * sin + ry * b * cos) for a, b in CIRCLE], color
+        )
 
     def box(self, x0, y0, x1, y1, color, corner=0.0):
         """A rectangle, its corners rounded with the radius `corner`."""
         k = corner
         corners = [(x1 - k, y1 - k, 0), (x0 + k, y1 - k, 90), (x0 + k, y0 + k, 180), (x1 - k, y0 + k, 270)]
-        self.poly([point for x, y, a in corners for point in arc(x, y, k, k, a, a + 90, 6 if k else 1)], color)
+        self.poly(
+            [point for x, y, a in corners for point in arc(x, y, k, k, a, a + 90, 6 if k else 1)], color
+        )
 
     def line(self, points, width, color):
         """A line with round ends and joints."""
@@ -68,7 +75,7 @@ class Pen:
             self.draw.ellipse([x - w / 2, y - w / 2, x + w / 2, y + w / 2], fill=color)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Animals
 
 
@@ -103,7 +110,9 @@ def dog(p, c, u):
 
 
 def bird(p, c, u):
-    p.poly([(-0.4, 0.0), (-0.98, -0.3 - 0.2 * u[0]), (-0.98, 0.05 - 0.2 * u[0]), (-0.5, 0.35)], shade(c, 0.75))  # tail
+    p.poly(
+        [(-0.4, 0.0), (-0.98, -0.3 - 0.2 * u[0]), (-0.98, 0.05 - 0.2 * u[0]), (-0.5, 0.35)], shade(c, 0.75)
+    )  # tail
     for x in (-0.12, 0.18):
         p.line([(x, 0.4), (x, 0.88), (x + 0.16, 0.88)], 0.1, (226, 140, 40))
     p.oval(-0.02, 0.12, 0.62, 0.46, c, 0.15)
@@ -168,7 +177,9 @@ def zebra(p, c, u):
 def bear(p, c, u):
     for side in (-1, 1):
         p.oval(0.36 * side, 0.8, 0.26, 0.19, shade(c, 0.8))
-        p.oval(0.56 * side, 0.2 - 0.25 * u[0], 0.2, 0.34, shade(c, 0.8), (-0.5 - 1.2 * u[0]) * side)  # arms, down or up
+        p.oval(
+            0.56 * side, 0.2 - 0.25 * u[0], 0.2, 0.34, shade(c, 0.8), (-0.5 - 1.2 * u[0]) * side
+        )  # arms, down or up
         p.oval(0.36 * side, -0.76, 0.2, 0.2, c)
         p.oval(0.36 * side, -0.76, 0.1, 0.1, shade(c, 0.6))
     p.oval(0, 0.38, 0.5, 0.52, c)
@@ -180,7 +191,7 @@ def bear(p, c, u):
         p.oval((0.22 + 0.04 * u[1]) * side, -0.52, 0.07, 0.08, INK)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Vehicles
 
 
@@ -223,16 +234,20 @@ def boat(p, c, u):
 
 def airplane(p, c, u):
     p.poly([(-0.78, 0.0), (-0.98, -0.6), (-0.7, -0.6), (-0.36, -0.08)], shade(c, 0.75))  # fin
-    p.poly([(-0.1, 0.0), (-0.46, -0.5 - 0.1 * u[0]), (-0.22, -0.5 - 0.1 * u[0]), (0.36, 0.0)], shade(c, 0.62))  # far wing
+    p.poly(
+        [(-0.1, 0.0), (-0.46, -0.5 - 0.1 * u[0]), (-0.22, -0.5 - 0.1 * u[0]), (0.36, 0.0)], shade(c, 0.62)
+    )  # far wing
     p.oval(0.04, 0.0, 0.94, 0.25, c)
     p.poly([(0.66, -0.19), (0.78, -0.02), (0.96, -0.02), (0.84, -0.13)], GLASS)
     for i in range(4):
         p.oval(-0.36 + 0.26 * i, -0.06, 0.08, 0.08, GLASS)
-    p.poly([(-0.12, 0.06), (-0.56, 0.68 + 0.2 * u[1]), (-0.26, 0.68 + 0.2 * u[1]), (0.4, 0.06)], shade(c, 0.75))
+    p.poly(
+        [(-0.12, 0.06), (-0.56, 0.68 + 0.2 * u[1]), (-0.26, 0.68 + 0.2 * u[1]), (0.4, 0.06)], shade(c, 0.75)
+    )
     p.poly([(-0.9, 0.0), (-0.98, 0.22), (-0.8, 0.22), (-0.56, 0.06)], shade(c, 0.62))
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Food
 
 
@@ -247,7 +262,10 @@ def apple(p, c, u):
 
 def banana(p, c, u):
     bend = 0.3 * u[0]
-    outer, inner = arc(0, -0.3, 0.94, 1.05, 8, 172, 20), arc(0, -0.42, 0.66 + 0.04 * u[1], 0.55 + bend, 172, 8, 20)
+    outer, inner = (
+        arc(0, -0.3, 0.94, 1.05, 8, 172, 20),
+        arc(0, -0.42, 0.66 + 0.04 * u[1], 0.55 + bend, 172, 8, 20),
+    )
     p.poly(outer + inner, c)
     p.line(arc(0, -0.34, 0.82, 0.86 + 0.3 * bend, 20, 160, 20), 0.1, shade(c, 0.78))
     p.line([(0.86, -0.22), (0.86, -0.46)], 0.2, shade(c, 0.62))
@@ -310,7 +328,7 @@ def cake(p, c, u):
     p.box(-0.98, 0.78, 0.98, 0.92, STEEL, 0.06)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Things of the house
 
 
@@ -385,7 +403,9 @@ def laptop(p, c, u):
     p.poly([(-0.66, 0.34), (0.66, 0.34), (0.74, 0.54), (-0.74, 0.54)], INK)
     p.box(-0.99, 0.72, 0.99, 0.84, shade(c, 0.62))
     if u[1] < 0.5:
-        p.poly([(-0.44 - lean / 2, 0.0), (-0.1 - lean / 2, -0.42), (0.3 - lean / 2, 0.0)], LEAF)  # a picture on the screen
+        p.poly(
+            [(-0.44 - lean / 2, 0.0), (-0.1 - lean / 2, -0.42), (0.3 - lean / 2, 0.0)], LEAF
+        )  # a picture on the screen
     else:
         p.oval(-lean / 2, -0.26, 0.22, 0.22, (246, 176, 46))
 
@@ -413,7 +433,8 @@ def backpack(p, c, u):
 
 
 class Kind(NamedTuple):
-    """What there is to know about a thing: how it is drawn, which colors it has in life, its plural if not name + s."""
+    """What there is to know about a thing: how it is drawn, which colors it has in life, its plural if not
+    name + s."""
 
     draw: callable
     colors: tuple  # RGB, one of which is taken where the caption leaves the color open

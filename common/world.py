@@ -1,14 +1,16 @@
-"""The class world: 128x128 pictures of one to four drawn things, each with a caption of one of GenEval's six families.
+"""The class world: 128x128 pictures of one to four drawn things, each with a caption of one of GenEval's six
+families.
 
-Everything at class scale is trained and judged on it. Item `i` of a split with a seed is always the same picture, whatever
-the process or the order, so nothing is stored and every process agrees on the data. The things are in common/things.py.
+Everything at class scale is trained and judged on it. Item `i` of a split with a seed is always the same
+picture, whatever the process or the order, so nothing is stored and every process agrees on the data. The
+things are in common/things.py.
 
     python data.py --out sheet.png                    # what it looks like
     python data.py --thing cat --out cat.png          # one thing in its poses and colors
 
-Captions are GenEval's own ("a photo of a purple dog and a black chair"), so its prompts are read as they are where they
-name only what is known here. What a caption does not tell apart looks alike in the picture: three bananas are three of
-the same banana, so places far apart must agree.
+Captions are GenEval's own ("a photo of a purple dog and a black chair"), so its prompts are read as they are
+where they name only what is known here. What a caption does not tell apart looks alike in the picture: three
+bananas are three of the same banana, so places far apart must agree.
 """
 
 import functools
@@ -31,8 +33,9 @@ COLORS = {  # GenEval's ten, RGB
 FAMILIES = ("single", "two", "counting", "colors", "position", "attribution")
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {"two": 2, "three": 3, "four": 4}
-# These (color, thing) pairs never occur in the splits train and val, not even by chance: the split `novel` is made of
-# them. A model that draws them has learned color and thing as separate ideas, which is what composition means.
+# These (color, thing) pairs never occur in the splits train and val, not even by chance: the split `novel` is
+# made of them. A model that draws them has learned color and thing as separate ideas, which is what
+# composition means.
 NOVEL_PAIRS = {
     ("green", "cat"), ("pink", "car"), ("yellow", "umbrella"), ("red", "giraffe"), ("blue", "banana"), ("orange", "cup"),
     ("white", "apple"), ("black", "donut"), ("brown", "boat"), ("purple", "clock"), ("pink", "bear"), ("green", "bus"),
@@ -41,7 +44,12 @@ SPLITS = ("train", "val", "novel")
 # How often training meets each family: the ones that name more are learned last, so they come more often.
 FAMILY_WEIGHTS = {"single": 1, "two": 2, "counting": 3, "colors": 1, "position": 3, "attribution": 3}
 SIDE, SUPERSAMPLING = 128, 4
-RADII = {1: (32.0, 46.0), 2: (24.0, 29.0), 3: (19.0, 24.0), 4: (17.0, 21.0)}  # half the extent in pixels, by object count
+RADII = {
+    1: (32.0, 46.0),
+    2: (24.0, 29.0),
+    3: (19.0, 24.0),
+    4: (17.0, 21.0),
+}  # half the extent in pixels, by object count
 GAP = 4.0  # pixels at least between the boxes of two things, and 2 to the border
 CONTRAST = 100, 58  # RGB distance at least from the ground to a main color, and to any color of a thing
 PLURALS = {kind.plural or name + "s": name for name, kind in THINGS.items()}
@@ -49,7 +57,8 @@ PLURALS = {kind.plural or name + "s": name for name, kind in THINGS.items()}
 
 @dataclass(frozen=True)
 class Look:
-    """How a thing is drawn: main color RGB, pose as four numbers in [0, 1), mirrored or not, half extent in pixels."""
+    """How a thing is drawn: main color RGB, pose as four numbers in [0, 1), mirrored or not, half extent in
+    pixels."""
 
     name: str
     rgb: tuple
@@ -79,7 +88,8 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Scene:
-    """A caption with the picture that goes with it. `ground`: RGB at the left or upper end, RGB at the other, vertical."""
+    """A caption with the picture that goes with it. `ground`: RGB at the left or upper end, RGB at the other,
+    vertical."""
 
     family: str
     caption: str
@@ -87,15 +97,17 @@ class Scene:
     ground: tuple
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Captions
 
 
 def parse_caption(caption):
-    """Read a caption of the class world back into (phrases, relation or None). Raises ValueError on any other text.
+    """Read a caption of the class world back into (phrases, relation or None). Raises ValueError on any other
+    text.
 
     >>> parse_caption("a photo of a red apple left of a potted plant")
-    ([Phrase(count=1, color='red', name='apple'), Phrase(count=1, color=None, name='potted plant')], 'left of')
+    ([Phrase(count=1, color='red', name='apple'), Phrase(count=1, color=None, name='potted plant')], 'left
+    of')
     """
     text = caption.strip().lower().removesuffix(".").removeprefix("a photo of ")
     relation = next((r for r in RELATIONS if f" {r} " in text), None)
@@ -147,7 +159,11 @@ def vocabulary():
 
 def unknown_words(prompt):
     """Those words of a prompt that no caption of the class world holds, in order."""
-    return [word for word in prompt.lower().replace(",", " ").replace(".", " ").split() if word not in vocabulary()]
+    return [
+        word
+        for word in prompt.lower().replace(",", " ").replace(".", " ").split()
+        if word not in vocabulary()
+    ]
 
 
 def read_geneval(path):
@@ -175,12 +191,13 @@ def read_geneval(path):
     return known, left_out
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Scenes
 
 
 def _draw_phrases(rng, family, novel):
-    """Draw what the caption of `family` says. With `novel`, one phrase names a pair that training never saw."""
+    """Draw what the caption of `family` says. With `novel`, one phrase names a pair that training never
+    saw."""
 
     def pick(options):
         return options[rng.integers(len(options))]
@@ -213,15 +230,17 @@ def _draw_phrases(rng, family, novel):
 
 
 def _place(rng, radii, relation):
-    """Centres (count, 2) such that the boxes of half extents `radii` (count,) do not touch, and `relation` holds clearly."""
+    """Centres (count, 2) such that the boxes of half extents `radii` (count,) do not touch, and `relation`
+    holds clearly."""
     margin, count, tries = radii + 2, len(radii), 32
     touching = radii[:, None] + radii[None] + GAP - 1e9 * np.eye(count)
     while True:
         xy = margin[:, None] + rng.random((tries, count, 2)) * (SIDE - 2 * margin)[:, None]
         good = (np.abs(xy[:, :, None] - xy[:, None]).max(-1) >= touching).all((1, 2))
         if relation:
-            # The second thing sits within 25 degrees of the named direction, seen from the first: no caption is true
-            # of a picture by a hair's breadth, and none of the other three directions is true as well.
+            # The second thing sits within 25 degrees of the named direction, seen from the first: no caption
+            # is true of a picture by a hair's breadth, and none of the other three directions is true as
+            # well.
             dx, dy = (xy[:, 0] - xy[:, 1]).T
             directions = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}
             along, across = directions[relation]
@@ -231,7 +250,8 @@ def _place(rng, radii, relation):
 
 
 def _pick_ground(rng, looks):
-    """A pale or dark shade, a third of the time with a gradient, on which every thing stands out: see CONTRAST."""
+    """A pale or dark shade, a third of the time with a gradient, on which every thing stands out: see
+    CONTRAST."""
     looks = dict.fromkeys(looks)  # each once
     fills = np.array([rgb for look in looks for rgb in sorted(fills_of(look))], dtype=float)
     mains = np.array([look.rgb for look in looks], dtype=float)
@@ -251,10 +271,11 @@ def _pick_ground(rng, looks):
 
 
 def make_scene(split, seed, index, family=None):
-    """Item `index` of `split` (train, val or novel) under `seed`: always the same Scene, in any process and order.
+    """Item `index` of `split` (train, val or novel) under `seed`: always the same Scene, in any process and
+    order.
 
-    `family` fixes the caption's family; otherwise it is drawn with FAMILY_WEIGHTS. The split `novel` knows only the
-    four families that can name a color with a thing (counting, colors, position, attribution).
+    `family` fixes the caption's family; otherwise it is drawn with FAMILY_WEIGHTS. The split `novel` knows
+    only the four families that can name a color with a thing (counting, colors, position, attribution).
     """
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
     weights = {f: w for f, w in FAMILY_WEIGHTS.items() if split != "novel" or f not in ("single", "two")}
@@ -275,14 +296,16 @@ def scene_of(phrases, relation, rng):
         free = THINGS[p.name].colors
         rgb = COLORS[p.color] if p.color else free[rng.integers(len(free))]
         pose = tuple(rng.random(4).tolist())
-        looks += p.count * [(Look(p.name, rgb, pose, bool(rng.random() < 0.5), float(rng.uniform(low, high))), p.color)]
+        looks += p.count * [
+            (Look(p.name, rgb, pose, bool(rng.random() < 0.5), float(rng.uniform(low, high))), p.color)
+        ]
     places = _place(rng, np.array([look.radius for look, _ in looks]), relation)
     things = tuple(Thing(float(x), float(y), *look) for (x, y), look in zip(places, looks, strict=True))
     caption = write_caption(phrases, relation)
     return Scene(family_of(caption), caption, things, _pick_ground(rng, [look for look, _ in looks]))
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Drawing
 
 
@@ -308,7 +331,8 @@ def fills_of(look):
 
 @functools.lru_cache(1000)
 def sprite(look, x=0.5, y=0.5):
-    """A look drawn alone: (colors (S, S, 3) times coverage, coverage (S, S, 1)), float32, 0..255 and 0..1; S = 2 radius + 4 px.
+    """A look drawn alone: (colors (S, S, 3) times coverage, coverage (S, S, 1)), float32, 0..255 and 0..1; S
+    = 2 radius + 4 px.
 
     (x, y) in [0, 1) is where within a pixel the centre lies.
     """
@@ -316,7 +340,9 @@ def sprite(look, x=0.5, y=0.5):
     big = Image.new("RGBA", (2 * half * k, 2 * half * k))
     pen = Pen(ImageDraw.Draw(big), (half + x) * k, (half + y) * k, look.radius * k, look.flip)
     THINGS[look.name].draw(pen, look.rgb, look.pose)
-    small = np.asarray(big.convert("RGBa").reduce(k), dtype=np.float32)  # RGBa: colors times coverage, so edges stay clean
+    small = np.asarray(
+        big.convert("RGBa").reduce(k), dtype=np.float32
+    )  # RGBa: colors times coverage, so edges stay clean
     return small[..., :3], small[..., 3:] / 255
 
 
@@ -331,7 +357,10 @@ def draw(scene):
         half, x, y = len(cover) // 2, int(thing.x), int(thing.y)
         top, left = max(0, y - half), max(0, x - half)
         there = picture[top : y + half, left : x + half]
-        here = np.s_[top - y + half : top - y + half + there.shape[0], left - x + half : left - x + half + there.shape[1]]
+        here = np.s_[
+            top - y + half : top - y + half + there.shape[0],
+            left - x + half : left - x + half + there.shape[1],
+        ]
         there *= 1 - cover[here]
         there += color[here]
     return Image.fromarray(np.rint(picture).astype(np.uint8))
@@ -339,13 +368,15 @@ def draw(scene):
 
 @functools.lru_cache
 def _fingerprint_of_drawing():
-    """A hash of what sample pictures look like: whoever changes the drawing or the captions gets a new cache."""
+    """A hash of what sample pictures look like: whoever changes the drawing or the captions gets a new
+    cache."""
     scenes = [make_scene("train", 0, i) for i in range(64)]
     return hashlib.sha256(b"".join(draw(s).tobytes() + s.caption.encode() for s in scenes)).hexdigest()[:8]
 
 
 class ThingsWorld:
-    """A sequence of (picture, caption): `len` items of one split. Nothing is stored, every item is drawn when asked."""
+    """A sequence of (picture, caption): `len` items of one split. Nothing is stored, every item is drawn when
+    asked."""
 
     def __init__(self, split="train", seed=0, length=1000, family=None):
         self.split, self.seed, self.length, self.family = split, seed, length, family

@@ -1,4 +1,5 @@
-"""The class world: the same picture for the same item, captions that read back, contrast, speed; the detector on known truth."""
+"""The class world: the same picture for the same item, captions that read back, contrast, speed; the detector
+on known truth."""
 
 import json
 import time
@@ -62,7 +63,9 @@ def test_genevals_captions_are_read(caption):
     assert write_caption(*parse_caption(caption)) == caption
 
 
-@pytest.mark.parametrize("text", ["a photo of a red dinosaur", "a photo", "", "two cats and a dog", "a photo of five cats"])
+@pytest.mark.parametrize(
+    "text", ["a photo of a red dinosaur", "a photo", "", "two cats and a dog", "a photo of five cats"]
+)
 def test_other_texts_are_refused(text):
     with pytest.raises(ValueError, match="not a caption of the class world"):
         parse_caption(text)
