@@ -277,9 +277,9 @@ def orange(p, c, u):
     p.oval(-0.38, -0.24, 0.2, 0.12, shade(c, 1.5), -0.7)
     for x, y in ((0.3, 0.1), (0.02, 0.5), (-0.36, 0.3), (0.44, 0.52), (0.1, -0.14)):
         p.oval(x, y, 0.06, 0.06, shade(c, 0.78))
-    for turn in (-2.5 + 0.5 * u[0], -0.6 - 0.5 * u[1]):
-        p.oval(0.3 * math.cos(turn), -0.72 + 0.12 * math.sin(turn), 0.32, 0.13, LEAF, turn)
-    p.oval(0, -0.7, 0.1, 0.1, WOOD)
+    for turn in (-2.6 + 0.3 * u[0], -0.5 - 0.3 * u[1]):
+        p.oval(0.3 * math.cos(turn), -0.66 + 0.12 * math.sin(turn), 0.3, 0.12, LEAF, turn)
+    p.oval(0, -0.66, 0.1, 0.1, WOOD)
 
 
 def carrot(p, c, u):

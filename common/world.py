@@ -366,6 +366,27 @@ def draw(scene):
     return Image.fromarray(np.rint(picture).astype(np.uint8))
 
 
+@functools.cache
+def check_things():
+    """Raises SystemExit with one sentence when a thing of common/things.py draws nothing or leaves its box,
+    in some pose."""
+    for name, kind in THINGS.items():
+        for pose in (4 * (0.0,), 4 * (0.5,), 4 * (0.99,)):
+            _, cover = sprite(Look(name, kind.colors[0], pose, False, 20.0))
+            share, edge = (
+                float(cover.mean()),
+                float(max(cover[0].max(), cover[-1].max(), cover[:, 0].max(), cover[:, -1].max())),
+            )
+            if share < 0.03:
+                raise SystemExit(
+                    f"the thing {name!r} draws nothing in pose {pose}: its shapes belong into the box [-1, 1]."
+                )
+            if share > 0.95 or edge > 0:
+                raise SystemExit(
+                    f"the thing {name!r} fills the picture in pose {pose}: keep its shapes within [-1, 1]."
+                )
+
+
 @functools.lru_cache
 def _fingerprint_of_drawing():
     """A hash of what sample pictures look like: whoever changes the drawing or the captions gets a new
@@ -379,6 +400,7 @@ class ThingsWorld:
     asked."""
 
     def __init__(self, split="train", seed=0, length=1000, family=None):
+        check_things()
         self.split, self.seed, self.length, self.family = split, seed, length, family
         self.name = f"things-{split}-{seed}-{length}-{family}-{_fingerprint_of_drawing()}"
 

@@ -9,7 +9,7 @@ import pytest
 
 from common import detector
 from common.detector import check_detector, detect, falsify, holds
-from common.things import THINGS, shade
+from common.things import THINGS, Kind, shade
 from common.world import (
     COLORS,
     CONTRAST,
@@ -18,6 +18,7 @@ from common.world import (
     SIDE,
     Look,
     ThingsWorld,
+    check_things,
     draw,
     family_of,
     make_scene,
@@ -122,6 +123,17 @@ def test_a_thing_fills_its_box_and_is_whole(name):
         assert 66 <= extent <= 84, f"{name} should fill the box [-1, 1], 80 pixels here: it has {extent}"
         assert 0.08 < mask.mean() < 0.95
         assert ndimage.label(mask, np.ones((3, 3)))[1] == 1, f"{name} falls into pieces"
+
+
+@pytest.mark.parametrize(("draw_it", "says"), [
+    (lambda p, c, u: None, "draws nothing"),
+    (lambda p, c, u: p.box(-1.4, -1.4, 1.4, 1.4, c), "fills the picture"),
+])  # fmt: skip
+def test_a_thing_that_draws_nothing_or_too_much_is_named(draw_it, says, monkeypatch):
+    monkeypatch.setitem(THINGS, "blob", Kind(draw_it, ((200, 40, 40),)))
+    sprite.cache_clear()
+    with pytest.raises(SystemExit, match=f"the thing 'blob' {says}"):
+        check_things.__wrapped__()
 
 
 def test_shades_are_affine_in_the_color():
