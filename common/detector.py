@@ -41,8 +41,9 @@ GRID = 24  # pieces and examples are compared at this size
 POSES = 40  # examples of each thing, each of them also mirrored
 EDGE = 24.0  # RGB distance from the ground at which something begins
 SPECK = 30  # pixels; less is not looked at
-SAME = 0.87  # a piece is a thing when an example explains this share of how it differs from the ground
-ALIKE = 6  # examples that must agree where the main color is
+BLUR, ASPECT = 0.8, 0.1  # cells; how far the logarithm of width by height may be off
+SAME = 0.8  # a piece is a thing when an example explains this share of how it differs from the ground
+ALIKE = 10  # examples that must agree where the main color is
 EDGES = 0.25  # share of the cells that may be edges
 PURE = 0.90  # share of a thing's pixels that must have its main color
 NAMES = tuple(THINGS)
@@ -67,10 +68,11 @@ class Detection:
 
 @dataclass(frozen=True)
 class Examples:
-    """T examples at GRID x GRID = G cells: cover (T, G), alpha (T, G), beta (T, G, 3); names (T,) as indices
-    into NAMES."""
+    """T examples at GRID x GRID = G cells: cover (T, G), alpha (T, G), beta (T, G, 3); names (T,) as indices into
+    NAMES; aspect (T,), the logarithm of width by height."""
 
     names: np.ndarray
+    aspect: np.ndarray
     cover: np.ndarray
     alpha: np.ndarray
     beta: np.ndarray
@@ -100,31 +102,35 @@ def to_grid(channels, square):
     return np.stack([np.asarray(layer.resize(size, how, box=box)) for layer in layers], axis=-1)
 
 
+def soften(cells):
+    """(GRID, GRID, C) -> the same, blurred by a cell: so a line that lies half a cell elsewhere is still like itself."""
+    return ndimage.gaussian_filter(cells, (BLUR, BLUR, 0))
+
+
 @functools.cache
-def examples():
-    """The Examples that every piece is compared with, drawn once a process."""
-    rng, names, cover, alpha, beta = np.random.default_rng(0), [], [], [], []
+def examples(soft=False):
+    """The Examples that every piece is compared with, drawn once a process; `soft`: blurred."""
+    rng, names, aspect, rows = np.random.default_rng(0), [], [], []
     for index, name in enumerate(NAMES):
         for pose in [*itertools.product((0.02, 0.98), repeat=3), *rng.random((POSES - 8, 3)).tolist()]:
             for flip in (False, True):
                 look = Look(name, (0, 0, 0), (*pose, rng.random()), flip, 40.0)
                 dark, covered = sprite(look)
                 light, _ = sprite(replace(look, rgb=(255, 255, 255)))
-                square, _ = square_of(covered[..., 0] > 0.3)
-                parts = np.concatenate([covered, (light - dark)[..., :1] / 255, dark], axis=-1)
-                parts = to_grid(parts, square)
+                square, (_, _, width, height) = square_of(covered[..., 0] > 0.3)
+                cells = to_grid(np.concatenate([covered, (light - dark)[..., :1] / 255, dark], axis=-1), square)
+                rows.append((soften(cells) if soft else cells).reshape(-1, 5))
                 names.append(index)
-                cover.append(parts[..., 0].ravel())
-                alpha.append(parts[..., 1].ravel())
-                beta.append(parts[..., 2:].reshape(-1, 3))
-    arrays = (np.array(x, dtype=np.float32) for x in (cover, alpha, beta))
-    return Examples(np.array(names), *arrays)
+                aspect.append(math.log(width / height))
+    cells = np.array(rows, dtype=np.float32)  # (T, G, 5)
+    parts = (np.ascontiguousarray(part) for part in (cells[..., 0], cells[..., 1], cells[..., 2:]))
+    return Examples(np.array(names), np.array(aspect), *parts)
 
 
 @functools.cache
 def _products():
     """Sums over cells that any comparison needs, (T,) or (T, 3)."""
-    e = examples()
+    e = examples(soft=True)
     return {
         "bb": (e.beta**2).sum((1, 2)), "bm": (e.beta * e.cover[..., None]).sum(1), "mm": (e.cover**2).sum(1),
         "ab": (e.beta * e.alpha[..., None]).sum(1), "am": (e.alpha * e.cover).sum(1), "aa": (e.alpha**2).sum(1),
@@ -137,7 +143,7 @@ def compare(piece, ground):
     piece: (GRID, GRID, 3), how the pixels differ from the ground; ground: RGB (3,).
     An example predicts alpha c + beta - cover ground. Likeness is 1 - |piece - prediction|^2 / |piece|^2.
     """
-    e, s, d = examples(), _products(), piece.reshape(-1, 3)
+    e, s, d = examples(soft=True), _products(), soften(piece).reshape(-1, 3)
     dm, da = e.cover @ d, e.alpha @ d  # (T, 3)
     db = e.beta.reshape(len(e.beta), -1) @ d.ravel()
     energy = (d**2).sum()
@@ -220,6 +226,8 @@ def detect(picture):
         piece = to_grid(difference * halo, square)
         color_below = ground[mask].mean(0)
         likeness, _ = compare(piece, color_below)
+        off = ASPECT + 2 / min(width, height)  # a narrow piece is soon a pixel too wide
+        likeness[np.abs(examples().aspect - math.log(width / height)) > off] = -1.0
         k = int(likeness.argmax())
         main, purity = purity_of(piece, color_below, likeness, k)
         color = list(COLORS)[int(np.linalg.norm(PALETTE - main, axis=1).argmin())]
@@ -323,7 +331,7 @@ def spoil(scene, how, rng):
             replace(scene, things=(*others, replace(thing, look=replace(look, name=most_alike()[look.name]))))
         )
     if how == "doubled":
-        shift = look.radius * rng.uniform(0.4, 0.8) * (1 if thing.x < SIDE / 2 else -1)
+        shift = look.radius * rng.uniform(0.5, 0.9) * (1 if thing.x < SIDE / 2 else -1)
         return draw(replace(scene, things=(*others, thing, replace(thing, x=thing.x + shift))))
     whole, without = draw(scene), draw(replace(scene, things=others))
     if how == "mixed":
