@@ -28,10 +28,10 @@ from common import parallel, shards
 from common.arguments import Parser, integer
 from common.checkpoint import save_atomically
 from common.encoders import join_text, pad_text
-from common.pictures import CACHE, CaptionedFolder, to_tensor
-from common.seeds import batch_indices
+from common.pictures import CACHE, to_tensor
+from common.seeds import batch_indices, choose_one, pad_choices, rng
 from common.shapes import SPLITS, ShapesWorld
-from common.sources import is_raw
+from common.sources import CaptionedFolder, is_raw
 from model import PRESETS
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -42,7 +42,8 @@ from model import PRESETS
 class Latents:
     """What training reads. N pictures, K distinct captions; caption 0 is the empty one (dropped captions use it).
 
-    latents (N, 16, h, w) float16, model latents; caption_ids (N,) int64 into `captions`;
+    latents (N, 16, h, w) float16, model latents; caption_ids (N,) int64 into `captions`, or (N, M) where pictures have
+    several, -1 behind the shorter ones: training takes one by chance;
     states (K, T, D) float16, mask (K, T) bool, pooled (K, P) float16: see FrozenEncoders.encode_text;
     gemma (K, T', D') float16, gemma_mask (K, T') bool: see Gemma.encode; None without it;
     first_clip: channels of `states` that belong to the first of the two CLIPs;
@@ -82,11 +83,12 @@ class Latents:
 
     def caption_of(self, i):
         """The caption of picture i."""
-        return self.captions[self.caption_ids[i]]
+        return self.captions[choose_one(self.caption_ids)[i]]
 
-    def pictures(self, index):
-        """(latents (B, 16, h, w) float32, caption ids (B,)) of these pictures."""
-        return self.latents[index].float(), self.caption_ids[index]
+    def pictures(self, index, chance=None):
+        """(latents (B, 16, h, w) float32, caption ids (B,)) of these pictures: of several captions the one that `chance` (B,),
+        numbers in [0, 1), picks; or the first."""
+        return self.latents[index].float(), choose_one(self.caption_ids[index], chance)
 
     def text(self, ids):
         """(states (B, T, text_dim) float16, mask (B, T)) of captions, for the student.
@@ -117,7 +119,8 @@ class Latents:
 
     def batch(self, seed, step, size, rows=slice(None)):
         """(latents (B, 16, h, w) float32, caption_ids (B,)) of one training step; with `rows`, of a part of its batch."""
-        return self.pictures(batch_indices(seed, step, size, len(self))[rows])
+        chance = torch.rand(size, generator=rng(seed, step, 7))
+        return self.pictures(batch_indices(seed, step, size, len(self))[rows], chance[rows])
 
 
 def cached(path, compute):
@@ -125,11 +128,12 @@ def cached(path, compute):
     if path.is_file():
         try:
             with safetensors.safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["captions"])  # noqa: SIM118
-        except (safetensors.SafetensorError, KeyError, TypeError):
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(bytes(tensors.pop("captions").numpy()))
+        except (safetensors.SafetensorError, KeyError, ValueError):
             warnings.warn(f"{path} is damaged; computing it again", stacklevel=3)
     tensors, captions = compute()
-    save_atomically(lambda p: safetensors.torch.save_file(tensors, p, {"captions": json.dumps(captions)}), path)
+    shards.save_shard(tensors, path, captions=captions)
     return tensors, captions
 
 
@@ -142,7 +146,7 @@ def encode_dataset(dataset, encoders, cache=CACHE, batch=None):
     batch = batch or max(1, 64 * 128**2 // math.prod(dataset[0][0].size))
 
     def key(*parts):
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(["captions as bytes", *parts]).encode()).hexdigest()[:16]
 
     def encode_pictures():
         captions, ids, latents = {"": 0}, [], []
@@ -152,10 +156,12 @@ def encode_dataset(dataset, encoders, cache=CACHE, batch=None):
             latents.append(
                 encoders.encode_pictures(to_tensor([picture for picture, _ in items])).half().cpu().contiguous()
             )
-            ids += [captions.setdefault(caption, len(captions)) for _, caption in items]
+            for i, (_, caption) in enumerate(items, start):
+                texts = dataset.captions(i) if hasattr(dataset, "captions") else [caption]
+                ids.append([captions.setdefault(text, len(captions)) for text in texts or [caption]])
             bar.update(len(items))
         bar.close()
-        return {"latents": torch.cat(latents), "caption_ids": torch.tensor(ids)}, list(captions)
+        return {"latents": torch.cat(latents), "caption_ids": pad_choices(ids)}, list(captions)
 
     def encode_captions():
         states, mask, pooled = encoders.encode_captions(captions, batch)

@@ -42,10 +42,11 @@ from common.device import autocast, move
 from common.distances import psnr
 from common.encoders import FrozenAutoencoder
 from common.figures import curves, side_by_side
-from common.pictures import CACHE, CaptionedFolder, to_tensor
+from common.pictures import CACHE, to_tensor
 from common.run import Run, update_ema
 from common.seeds import rng
 from common.shapes import SIDE, ShapesWorld
+from common.sources import CaptionedFolder
 
 # ------------------------------------------------------------------------------------------------------------------
 # The decoder

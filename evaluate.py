@@ -33,8 +33,8 @@ from common.checkpoint import check_encoders, load_student, save_atomically, sav
 from common.device import describe_machine, pick_device
 from common.distances import FEATURES, diversity, fid_and_kid, kid, picture_features
 from common.encoders import FrozenEncoders
-from common.pictures import CaptionedFolder
 from common.shapes import COLORS, FAMILIES, SHAPES, SIDE, ShapesWorld, family_of, parse_caption, shape_outline
+from common.sources import CaptionedFolder
 from decoder import Perceptual
 from sample import draw_pictures, pick_decoder
 

@@ -34,13 +34,30 @@ T5_TOKENS = 256  # diffusers' max_sequence_length
 
 
 def hash_folders(folders):
-    """A hash of the name, size and first megabyte of every file in these folders (or of these files): other weights, another."""
+    """A hash of the name and of every byte of every file in these folders (or of these files): other weights, another."""
     digest = hashlib.sha256()
     for path in sorted(p for folder in map(Path, folders) for p in (folder, *folder.rglob("*")) if p.is_file()):
-        with open(path, "rb") as file:
-            name = path.relative_to(path.parents[1])
-            digest.update(f"{name} {path.stat().st_size}".encode() + file.read(1 << 20))
+        digest.update(f"{path.relative_to(path.parents[1])} {hash_file(path)}".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
+
+
+def hash_file(path, large=1 << 26):
+    """SHA-256 of a file's bytes, as hex. Of a large one it is remembered in runs/cache/hashes, by path, size and times of
+    change: to read SD3.5's 26 GB takes minutes."""
+    stat = path.stat()
+    key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}".encode("utf-8", "surrogateescape")
+    note = Path("runs/cache/hashes") / hashlib.sha256(key).hexdigest()
+    if stat.st_size >= large and note.is_file() and len(note.read_text()) == 64:
+        return note.read_text()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file, tqdm(total=stat.st_size, unit="B", unit_scale=True, desc=f"reading {path.name}",
+                                        disable=True if stat.st_size < large else None) as bar:  # fmt: skip
+        while block := file.read(1 << 22):
+            digest.update(block)
+            bar.update(len(block))
+    if stat.st_size >= large:
+        save_atomically(lambda p: p.write_text(digest.hexdigest()), note)
+    return digest.hexdigest()
 
 
 class FrozenAutoencoder:
@@ -268,8 +285,7 @@ class StoredT5:
     """
 
     def __init__(self, folder, captions, device, dtype, cache, part=64):
-        weights = sorted((p.name, p.stat().st_size) for p in (folder / "text_encoder_3").glob("*"))
-        key = json.dumps([captions, str(folder.resolve()), weights, part])
+        key = json.dumps([captions, hash_folders([folder / "text_encoder_3"]), part])
         self.folder, self.part = Path(cache) / f"t5-{hashlib.sha256(key.encode()).hexdigest()[:16]}", part
         self.open = functools.cache(self._open)
         with parallel.first_alone():

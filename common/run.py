@@ -20,6 +20,7 @@ import concurrent.futures
 import copy
 import csv
 import math
+import os
 import time
 from pathlib import Path
 
@@ -49,6 +50,7 @@ ROWS = 24  # of samples/progress.png: the first, the last, and others evenly bet
 BINS = 5  # of t: a loss is logged for each fifth of (0, 1), since the average alone goes flat early and says little
 # flags that may change on a resume:
 FREE = {"out", "resume", "device", "compile", "save_every", "accumulate", "checkpointing", "watch", "workers"}
+PATHS = {"data", "gemma", "turbo"}  # may be written otherwise on a resume (DIR/, ./DIR): what they hold is hashed
 
 
 class Run:
@@ -124,7 +126,10 @@ class Run:
         """What the state holds. With --resume it is restored here; `settings` and the flags must then be those of before."""
         flags = {name: value for name, value in vars(self.args).items() if name not in FREE}
         self.optimizers, self.networks = optimizers, networks
-        self.settings = self.config["settings"] = {**flags, **settings}
+        if flags.get("init"):
+            flags["init"] = os.path.relpath(flags["init"])
+        self.config["settings"] = {**flags, **settings}
+        self.settings = {name: value for name, value in self.config["settings"].items() if name in settings or name not in PATHS}
         for group in self.groups():
             group["peak"] = group["lr"]
         flag_of = {"teacher": "teacher", "vae": "vae", "turbo_weights": "turbo", "pictures": "data"}  # hashes of folders

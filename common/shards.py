@@ -14,7 +14,9 @@ Three kinds of source, told apart by what is there (common/sources.py):
     ImageNet    the folder as Kaggle and image-net.org give it: ILSVRC/Data/CLS-LOC/train/n01440764/*.JPEG (or train/n..., or n...)
                 and the class names, LOC_synset_mapping.txt (or synset_words.txt); caption "a photo of <first name>" (Sec. 4)
     WebDataset  .tar files with 000.jpg (png, webp) and 000.txt or 000.json ({"caption": ...}) side by side
-    folder      x.png beside x.txt, or metadata.jsonl: see pictures.list_captions
+    folder      x.png beside x.txt, or metadata.jsonl: see sources.list_captions
+
+Pictures of several captions (a list in metadata.jsonl or 000.json) keep all of them, and training takes one by chance.
 
 What is written: 00000.safetensors, ... (latents, caption ids), text-00000.safetensors, ... (the captions and their states) and,
 when all are there, index.json. A shard that is there is not made again: stop it at any moment and run the same command.
@@ -24,7 +26,6 @@ whichever pictures are left out, and --text names the folder in which shards of 
 tokens are stored. CLIP's states are stored whole: the teacher attends to their padding, which differs from caption to caption.
 """
 
-import collections
 import concurrent.futures
 import functools
 import io
@@ -35,7 +36,6 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
-from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -44,12 +44,9 @@ from common.arguments import Parser, add_device, integer, real
 from common.checkpoint import save_atomically, save_json
 from common.device import half, pick_device
 from common.encoders import FrozenEncoders, join_text, pad_text
-from common.pictures import open_picture, to_tensor
-from common.seeds import batch_indices, rng
-from common.sources import open_source
-
-KINDS = ("too small", "too long or wide", "unreadable", "without a caption")  # why pictures are left out
-
+from common.pictures import cut_square, open_picture, to_tensor
+from common.seeds import batch_indices, choose_one, pad_choices, rng
+from common.sources import NO_CAPTION, UNREADABLE, LeftOut, clean, open_source
 
 # ------------------------------------------------------------------------------------------------------------------
 # Encoding
@@ -62,42 +59,39 @@ def fit(picture, args, generator):
         return "too small"
     if long > args.max_aspect * short:
         return "too long or wide"
-    side = args.resolution
-    size = [max(side, round(length * side / short)) for length in picture.size]
-    picture = picture.resize(size, Image.Resampling.BICUBIC)
-    room = [size[0] - side, size[1] - side]
-    where = [int(torch.randint(r + 1, (), generator=generator)) for r in room]
-    left, top = where if args.crop == "random" else [r // 2 for r in room]
-    return picture.crop((left, top, left + side, top + side))
-
+    across, down = torch.rand(2, generator=generator).tolist() if args.crop == "random" else (0.5, 0.5)
+    return cut_square(picture, args.resolution, across, down)
 
 
 def encode_part(part, number, encoders, args, bar, pool):
     """One part of the source: ({"latents", "caption_ids"}, names, all its captions, how many pictures were left out and why)."""
-    captions, ids, latents, names, left_out, waiting = {"": 0}, [], [], [], collections.Counter(), []
+    captions, ids, latents, names, left_out, waiting = {"": 0}, [], [], [], LeftOut(), []
 
-    def load(item):
-        i, (_, picture, caption) = item
-        if not caption:
-            return "without a caption"
+    def load(numbered):
+        i, item = numbered
+        if item.reason or not item.captions:
+            return item.reason or NO_CAPTION
         try:
-            opened = open_picture(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
+            opened = open_picture(io.BytesIO(item.picture) if isinstance(item.picture, bytes) else item.picture)
         except OSError:
-            return "unreadable"
+            return UNREADABLE
         return fit(opened, args, rng(args.seed, number, i))
 
     def flush():
-        for (_, (name, _, caption)), picture in zip(waiting, pool.map(load, waiting), strict=True):
-            if caption:  # also of a picture that is left out: at another resolution it may not be
+        for (_, item), picture in zip(waiting, pool.map(load, waiting), strict=True):
+            for caption in item.captions:  # also of a picture that is left out: at another resolution it may not be
                 captions.setdefault(caption, len(captions))
             if isinstance(picture, str):
-                left_out[picture] += 1
+                left_out.note(picture, item.name)
                 continue
-            batch.append(picture), names.append(name), ids.append(captions[caption])
+            batch.append(picture)
+            names.append(clean(item.name))
+            ids.append([captions[caption] for caption in item.captions])
         if batch:
             latents.append(encoders.encode_pictures(to_tensor(batch)).half().cpu())
         bar.update(len(waiting))
-        batch.clear(), waiting.clear()
+        batch.clear()
+        waiting.clear()
 
     batch = []
     for item in enumerate(part()):
@@ -106,7 +100,7 @@ def encode_part(part, number, encoders, args, bar, pool):
             flush()
     flush()
     none = torch.zeros(0, encoders.latent_channels, *[args.resolution // encoders.factor] * 2).half()
-    tensors = {"latents": torch.cat(latents or [none]), "caption_ids": torch.tensor(ids, dtype=torch.int64)}
+    tensors = {"latents": torch.cat(latents or [none]), "caption_ids": pad_choices(ids)}
     return tensors, names, list(captions), left_out
 
 
@@ -137,12 +131,13 @@ def begin(settings):
 
 def encode(args):
     """Write --out: a shard for each part of the source, its text there or in --text, and index.json when all are there."""
-    kind, parts = open_source(args.source, args.per_shard)
+    kind, parts, not_listed = open_source(args.source, args.per_shard)
     device = pick_device(args.device)
     encoders = FrozenEncoders(args.teacher, device, half(device), gemma=args.gemma)
     if args.resolution % (4 * encoders.factor):
         raise SystemExit(f"--resolution must be a multiple of {4 * encoders.factor}, not {args.resolution}.")
-    of_source = {"source": args.source, "per_shard": args.per_shard, "parts": len(parts),
+    # DIR/, ./DIR and its absolute path are one source
+    of_source = {"source": os.path.abspath(args.source), "per_shard": args.per_shard, "parts": len(parts),
                  "gemma": args.gemma and encoders.gemma.fingerprint()}  # fmt: skip
     names = ["resolution", "crop", "min_side", "max_aspect", "seed"]
     out, text = args.out.absolute(), (args.text or args.out).absolute()
@@ -168,47 +163,48 @@ def encode(args):
             tensors, names, captions, left_out = encode_part(parts[number], number, encoders, args, bar, pool)
             if not of_text.is_file():
                 save_shard(encode_text(captions, encoders, args.batch), of_text, captions=captions)
-            elif json.loads(open_shard(of_text).metadata()["captions"]) != captions:
+            elif kept(open_shard(of_text), "captions") != captions:
                 raise SystemExit(f"{of_text} has other captions than {args.source} has now: give another --text.")
-            save_shard(tensors, of_latents, names=names, left_out=left_out)
+            save_shard(tensors, of_latents, names=names, left_out=left_out, examples=left_out.examples)
     bar.close()
     parallel.wait()
     if parallel.rank() == 0:
-        write_index(out, [paths(k) for k in range(len(parts))], settings, encoders)
+        write_index(out, [paths(k) for k in range(len(parts))], settings, encoders, not_listed)
     parallel.wait()
 
 
-def save_shard(tensors, path, **metadata):
-    metadata = {name: json.dumps(value) for name, value in metadata.items()}
+def save_shard(tensors, path, **lists):
+    """The tensors, and each of `lists` as the bytes of its JSON: a safetensors header may hold no more than 100 MB."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_atomically(lambda p: safetensors.torch.save_file(tensors, p, metadata), path)
+    tensors |= {name: as_bytes(value) for name, value in lists.items()}
+    save_atomically(lambda p: safetensors.torch.save_file(tensors, p), path)
 
 
-def write_index(out, paths, settings, encoders):
+def write_index(out, paths, settings, encoders, left_out):
     """index.json: what is in each shard, and what was left out. `paths`: (that of the latents, that of the text) of each."""
-    shards, left_out, longest, gemma_longest = [], collections.Counter(), 0, 0
+    shards, longest, gemma_longest = [], 0, 0
     for path, text in paths:
-        pictures, file = open_shard(path).metadata(), open_shard(text)
-        counts = {"pictures": len(json.loads(pictures["names"])), "captions": len(json.loads(file.metadata()["captions"]))}
+        pictures, file = open_shard(path), open_shard(text)
+        counts = {"pictures": len(kept(pictures, "names")), "captions": len(kept(file, "captions"))}
         sizes = {"bytes": path.stat().st_size, "text_bytes": text.stat().st_size}
         shards.append({"file": path.name, "text": text.name, **sizes, **counts})
-        left_out.update(json.loads(pictures["left_out"]))
+        left_out.update(kept(pictures, "left_out"))
+        left_out.examples = kept(pictures, "examples") | left_out.examples
         longest = max(longest, int(file.get_tensor("mask").any(0).sum()))
         if settings["gemma"]:
             gemma_longest = max(gemma_longest, int(file.get_tensor("gemma_end").diff(prepend=torch.zeros(1).long()).max()))
     n = sum(shard["pictures"] for shard in shards)
     if not n:
-        raise SystemExit(f"no picture was left: {dict(left_out)}. Look at --min-side and --max-aspect.")
+        raise SystemExit(f"no picture was left: {left_out}. Look at --min-side and --max-aspect.")
     side = settings["resolution"] // encoders.factor
     index = {
         "settings": settings, "latent": [encoders.latent_channels, side, side], "first_clip": encoders.first_clip,
         "longest": longest, "gemma_longest": gemma_longest, "pictures": n, "left_out": dict(left_out), "shards": shards,
     }  # fmt: skip
     save_json(index, out / "index.json")
-    why = ", ".join(f"{left_out[kind]} {kind}" for kind in KINDS if left_out[kind]) or "none"
     size, of_text = (sum(shard[name] for shard in shards) / 1e9 for name in ("bytes", "text_bytes"))
     print(f"{out}: {n} pictures in {len(shards)} shards, {size:.2f} GB, and {of_text:.2f} GB of text in {paths[0][1].parent}; "
-          f"left out: {why}")  # fmt: skip
+          f"left out: {left_out}")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -222,6 +218,18 @@ def open_shard(path):
         raise SystemExit(
             f"{path} is damaged ({error}): delete it and run data.py encode again, which makes it alone."
         ) from error
+
+
+def as_bytes(value):
+    """JSON as a tensor of bytes."""
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def kept(file, name):
+    """A list that save_shard() has put into a file. Earlier shards have theirs in the header."""
+    if name in file.keys():  # noqa: SIM118
+        return json.loads(bytes(file.get_tensor(name).numpy()))
+    return json.loads((file.metadata() or {}).get(name, "{}"))
 
 
 class ShardedLatents:
@@ -275,7 +283,7 @@ class ShardedLatents:
         self.first_clip = self.index["first_clip"]
         self.open = functools.cache(self._open)  # all of them stay open: a batch takes its pictures from anywhere
         self.open_text = functools.cache(self._open_text)
-        self.captions_in = functools.lru_cache(8)(lambda k: json.loads(self.open_text(k)[0].metadata()["captions"]))
+        self.captions_in = functools.lru_cache(8)(lambda k: kept(self.open_text(k)[0], "captions"))
 
     name = property(lambda self: f"shards-{self.index['settings']}")
     shape = property(lambda self: torch.Size(self.index["latent"]))
@@ -302,17 +310,19 @@ class ShardedLatents:
         k = int(torch.searchsorted(first, number, right=True)) - 1
         return k, int(number - first[k])
 
-    def pictures(self, index):
+    def pictures(self, index, chance=None):
         latents, ids = [], []
-        for number in self.numbers[index]:
+        for n, number in enumerate(self.numbers[index]):
             k, i = self._find(number, self.first_picture)
             file, caption_ids = self.open(k)
             latents.append(file.get_slice("latents")[i : i + 1])
-            ids.append(int(self.first_caption[k] + caption_ids[i]))
+            chosen = choose_one(caption_ids[i : i + 1], None if chance is None else chance[n : n + 1])
+            ids.append(int(self.first_caption[k] + chosen))
         return torch.cat(latents).float(), torch.tensor(ids)
 
     def batch(self, seed, step, size, rows=slice(None)):
-        return self.pictures(batch_indices(seed, step, size, len(self))[rows])
+        chance = torch.rand(size, generator=rng(seed, step, 7))
+        return self.pictures(batch_indices(seed, step, size, len(self))[rows], chance[rows])
 
     def caption_of(self, i):
         return self.captions_of(self.pictures([i])[1])[0]

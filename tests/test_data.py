@@ -7,13 +7,16 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from PIL import Image
 
-from common import pictures, shapes
-from common.pictures import CaptionedFolder, to_pictures, to_tensor
+from common import shapes, sources
+from common.encoders import hash_file, hash_folders
+from common.pictures import to_pictures, to_tensor
 from common.seeds import batch_indices
 from common.shapes import FAMILIES, NOVEL_PAIRS, ShapesWorld, draw, family_of, make_scene, parse_caption
+from common.sources import CaptionedFolder
 from data import encode_dataset
 
 
@@ -97,7 +100,7 @@ def folder(tmp_path):
 
 
 def test_folder_reads_every_kind_of_picture(folder):
-    with pytest.warns(UserWarning, match="left out 2 of 11"):
+    with pytest.warns(UserWarning, match="left out 3 of 12"):
         pictures = CaptionedFolder(folder, 64)
     items = {caption.split()[-1]: picture for picture, caption in (pictures[i] for i in range(len(pictures)))}
     assert len(items) == 9 and all(p.size == (64, 64) and p.mode == "RGB" for p in items.values())
@@ -112,13 +115,13 @@ def test_folder_reads_every_kind_of_picture(folder):
 @pytest.fixture
 def opened(monkeypatch):
     """The names of the picture files that are decoded, as they are."""
-    names, open_picture = [], pictures.open_picture
+    names, open_picture = [], sources.open_picture
 
     def count(path, size=None):
         names.append(path.name)
         return open_picture(path, size)
 
-    monkeypatch.setattr(pictures, "open_picture", count)
+    monkeypatch.setattr(sources, "open_picture", count)
     return names
 
 
@@ -126,10 +129,10 @@ def test_a_picture_is_checked_once(folder, tmp_path_factory, opened):
     cache = tmp_path_factory.mktemp("cache")
     for expected in (11, 0):
         opened.clear()
-        with pytest.warns(UserWarning, match="left out 2 of 11"):
+        with pytest.warns(UserWarning, match="left out 3 of 12"):
             found = CaptionedFolder(folder, 64, cache=cache)
         assert len(opened) == expected and len(found) == 9
-    assert {path.name for path in found.skipped} == {"noise.png", "half.png"}
+    assert found.left_out == {"unreadable": 2, "without a caption": 1}
     opened.clear()
     (folder / "noise.png").write_bytes((folder / "rgb.png").read_bytes())  # mended
     (folder / "grey.png").write_bytes(b"damaged since")
@@ -139,24 +142,24 @@ def test_a_picture_is_checked_once(folder, tmp_path_factory, opened):
     os.utime(folder / "alpha.png", (0, 0))
     Image.new("RGB", (9, 9)).save(folder / "new.png")
     (folder / "new.txt").write_text("a new one")
-    with pytest.warns(UserWarning, match="left out 3 of 11"):
+    with pytest.warns(UserWarning, match="left out 4 of 12"):
         found = CaptionedFolder(folder, 64, cache=cache)
     assert sorted(opened) == ["alpha.png", "grey.png", "new.png", "noise.png"]
-    assert {path.name for path in found.skipped} == {"alpha.png", "grey.png", "half.png"}
+    assert found.left_out == {"unreadable": 3, "without a caption": 1}
     (folder / "alpha.png").write_bytes(content)
-    assert {path.name for path, _ in found.pairs} >= {"noise.png", "new.png"}
+    assert {item.picture.name for item in found.items} >= {"noise.png", "new.png"}
     (note,) = cache.iterdir()
     note.write_text("{half")  # damaged: checked again, not believed
     opened.clear()
-    with pytest.warns(UserWarning, match="left out 2 of 11"):
+    with pytest.warns(UserWarning, match="left out 3 of 12"):
         assert len(CaptionedFolder(folder, 64, cache=cache)) == 9 and len(opened) == 11
-    with pytest.warns(UserWarning, match="left out 2 of 11"):
+    with pytest.warns(UserWarning, match="left out 3 of 12"):
         CaptionedFolder(folder, 64)  # without a cache nothing is remembered, and nothing is left behind
     assert len(opened) == 22 and len(list(cache.iterdir())) == 1
 
 
 def test_a_check_that_was_stopped_goes_on(folder, tmp_path_factory, monkeypatch, opened):
-    cache, open_picture = tmp_path_factory.mktemp("cache"), pictures.open_picture
+    cache, open_picture = tmp_path_factory.mktemp("cache"), sources.open_picture
 
     def stop(path, size=None):
         if path.name == "rgb.png":
@@ -164,18 +167,18 @@ def test_a_check_that_was_stopped_goes_on(folder, tmp_path_factory, monkeypatch,
         return open_picture(path, size)
 
     paths = sorted(folder.glob("*.*"))
-    monkeypatch.setattr(pictures, "open_picture", stop)
+    monkeypatch.setattr(sources, "open_picture", stop)
     with pytest.raises(KeyboardInterrupt):
-        pictures.check_pictures(paths, folder, cache, workers=1)
-    monkeypatch.setattr(pictures, "open_picture", open_picture)
+        sources.check_pictures(paths, folder, cache, workers=1)
+    monkeypatch.setattr(sources, "open_picture", open_picture)
     opened.clear()
-    pictures.check_pictures(paths, folder, cache, workers=1)
+    sources.check_pictures(paths, folder, cache, workers=1)
     assert opened and opened == [path.name for path in paths if path.name >= "rgb.png"]
 
 
 def test_another_rank_waits_and_reads_what_rank_0_checked(folder, tmp_path_factory, monkeypatch, opened):
     cache, paths, waited = tmp_path_factory.mktemp("cache"), sorted(folder.glob("*.png")), []
-    alone = pictures.check_pictures(paths, folder)
+    alone = sources.check_pictures(paths, folder)
     opened.clear()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
@@ -185,18 +188,19 @@ def test_another_rank_waits_and_reads_what_rank_0_checked(folder, tmp_path_facto
         waited.append(1)
         with monkeypatch.context() as patch:
             patch.setenv("RANK", "0")
-            patch.setattr(pictures.parallel, "wait", lambda: None)
-            pictures.check_pictures(paths, folder, cache)
+            patch.setattr(sources.parallel, "wait", lambda: None)
+            sources.check_pictures(paths, folder, cache)
 
-    monkeypatch.setattr(pictures.parallel, "wait", wait)
-    assert pictures.check_pictures(paths, folder, cache) == alone
+    monkeypatch.setattr(sources.parallel, "wait", wait)
+    assert sources.check_pictures(paths, folder, cache) == alone
     assert len(waited) == 1 and len(opened) == len(paths)  # by rank 0 alone
 
 
 def test_folder_with_metadata(folder):
     rows = [{"file_name": "rgb.png", "text": "one"}, {"file_name": "grey.png", "text": "two"}]
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
-    pictures = CaptionedFolder(folder, 32)
+    with pytest.warns(UserWarning, match="10 not named in metadata.jsonl"):
+        pictures = CaptionedFolder(folder, 32)
     assert [pictures.caption(i) for i in range(len(pictures))] == ["one", "two"]
     (folder / "metadata.jsonl").write_text('{"file_name": "rgb.png"}\n')
     with pytest.raises(SystemExit, match="line 1: expected an object with file_name and text"):
@@ -264,6 +268,49 @@ def test_latents_are_cached_by_content_and_damage_is_noticed(tmp_path):
     with pytest.warns(UserWarning, match="damaged"):
         repaired = encode_dataset(world, encoders, tmp_path, batch=4)
     assert torch.equal(first.latents, repaired.latents)
+
+
+def test_a_list_of_captions_stays_out_of_the_header(tmp_path):
+    """A safetensors header of over 100 MB cannot be read again."""
+    encode_dataset(ShapesWorld("train", 0, 10), CountingEncoders(), tmp_path, batch=4)
+    for path in tmp_path.glob("*.safetensors"):
+        assert not safetensors.safe_open(path, "pt").metadata()
+
+
+class TwoCaptions(ShapesWorld):
+    """Every second picture has two captions."""
+
+    def captions(self, i):
+        return (self.caption(i), f"another one of {i}") if i % 2 else (self.caption(i),)
+
+
+def test_of_several_captions_training_takes_one_by_chance(tmp_path):
+    latents = encode_dataset(TwoCaptions("train", 3, 10), CountingEncoders(), tmp_path, batch=4)
+    seen = set()
+    for step in range(40):
+        x, ids = latents.batch(0, step, 10)
+        again = latents.batch(0, step, 10)
+        assert torch.equal(ids, again[1]) and x.shape[0] == len(ids) == 10
+        seen |= {latents.captions[i] for i in ids}
+    assert {f"another one of {i}" for i in range(1, 10, 2)} <= seen and len(seen) == len(latents.captions) - 1
+    assert latents.caption_of(1) == TwoCaptions("train", 3, 10).caption(1)
+
+
+def test_every_byte_of_an_encoder_counts(tmp_path, monkeypatch):
+    """Two teachers that differ behind the first megabyte are two; what was hashed once is remembered until it changes."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "vae" / "model.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(bytes(3_000_000))
+    first = hash_folders([path.parent])
+    path.write_bytes(bytes(2_999_999) + b"1")
+    assert hash_folders([path.parent]) != first
+    digest = hash_file(path, large=1000)
+    (note,) = (tmp_path / "runs/cache/hashes").iterdir()
+    note.write_text(64 * "0")
+    assert hash_file(path, large=1000) == 64 * "0" != digest  # remembered
+    os.utime(path, (0, 0))
+    assert hash_file(path, large=1000) == digest  # touched: read again
 
 
 def test_pictures_survive_the_way_to_tensors_and_back():

@@ -14,7 +14,7 @@ import evaluate
 import sample
 from common.checkpoint import load_student
 from common.encoders import FrozenEncoders
-from common.pictures import CaptionedFolder
+from common.sources import CaptionedFolder
 
 ROOT = Path(__file__).parent.parent
 FEW = ["--steps", "2", "--device", "cpu"]

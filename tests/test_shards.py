@@ -92,9 +92,9 @@ def encoded(home, imagenet):
 
 def test_a_rank_reads_the_whole_of_its_tar(tars, monkeypatch):
     """webdataset would split by rank itself; here whole files are split, and each is read by one rank."""
-    alone = [name for name, *_ in sources.read_tar(str(tars / "000.tar"))]
+    alone = [item.name for item in sources.read_tar(str(tars / "000.tar"))]
     monkeypatch.setenv("WORLD_SIZE", "2"), monkeypatch.setenv("RANK", "1")
-    assert [name for name, *_ in sources.read_tar(str(tars / "000.tar"))] == alone and len(alone) == 12
+    assert [item.name for item in sources.read_tar(str(tars / "000.tar"))] == alone and len(alone) == 12
 
 
 def test_imagenet(encoded, imagenet):
@@ -107,7 +107,7 @@ def test_imagenet(encoded, imagenet):
     names = [
         n
         for k in range(3)
-        for n in json.loads(safetensors.safe_open(encoded / f"{k:05d}.safetensors", "pt").metadata()["names"])
+        for n in shards.kept(safetensors.safe_open(encoded / f"{k:05d}.safetensors", "pt"), "names")
     ]
     captions = {"n01440764": "a photo of tench", "n01443537": "a photo of goldfish"}
     for i in (0, 7, 18):  # the picture's own latent and caption, from its file
@@ -271,7 +271,7 @@ def test_text_is_encoded_and_stored_once_for_all_resolutions(twice, gemma):
         expected = encoders.encode_pictures(to_tensor([open_picture(source / f"{captions.index(caption)}.png", 96)]))[0]
         assert (latent - expected).abs().max() < 0.02
     file = safetensors.safe_open(small / "text-00000.safetensors", "pt")
-    _, real = encoders.gemma.encode(json.loads(file.metadata()["captions"]))
+    _, real = encoders.gemma.encode(shards.kept(file, "captions"))
     assert file.get_tensor("gemma").shape == (int(real.sum()), 144)  # no padding of Gemma's is stored
 
 
@@ -283,7 +283,7 @@ def test_shards_of_an_earlier_version_are_read(twice, gemma, home):
     index = json.loads((small / "index.json").read_text())
     for shard in index["shards"]:
         text = safetensors.safe_open(small / shard.pop("text"), "pt")
-        latents, captions = safetensors.torch.load_file(small / shard["file"]), json.loads(text.metadata()["captions"])
+        latents, captions = safetensors.torch.load_file(small / shard["file"]), shards.kept(text, "captions")
         states, mask = encoders.gemma.encode(captions)
         tensors = latents | {name: text.get_tensor(name) for name in ("states", "mask", "pooled")}
         tensors |= {"gemma": states, "gemma_mask": mask}
