@@ -91,7 +91,7 @@ def encoded(home, imagenet):
 
 
 def test_a_rank_reads_the_whole_of_its_tar(tars, monkeypatch):
-    """webdataset would split by rank itself; here whole files are split, and each is read by one rank."""
+    """Whole files are split among ranks, and each is read by one of them."""
     alone = [item.name for item in sources.read_tar(str(tars / "000.tar"))]
     monkeypatch.setenv("WORLD_SIZE", "2"), monkeypatch.setenv("RANK", "1")
     assert [item.name for item in sources.read_tar(str(tars / "000.tar"))] == alone and len(alone) == 12
