@@ -98,7 +98,9 @@ class Latents:
         the picture takes the row's maximum: 0 only if all three have dropped it.
         """
         if self.gemma is None:
-            return self.fit(self.states[ids, : self.longest]), self.mask[ids, : self.longest]
+            states = self.states[ids, : self.longest]
+            fits = self.text_dim in (None, states.shape[-1])
+            return states if fits else self.fit(states), self.mask[ids, : self.longest]
         large, giant, gemma = (ids if ids.dim() == 1 else ids[:, i] for i in range(3))
         clip = self.states[giant, : self.longest]
         clip[..., : self.first_clip] = self.states[large, : self.longest, : self.first_clip]

@@ -43,10 +43,11 @@ from common.distances import psnr
 from common.encoders import FrozenAutoencoder
 from common.figures import curves, side_by_side
 from common.pictures import CACHE, to_tensor
-from common.run import Run, update_ema
+from common.run import Run
 from common.seeds import rng
 from common.shapes import SIDE, ShapesWorld
 from common.sources import CaptionedFolder
+from common.training import update_ema
 
 # ------------------------------------------------------------------------------------------------------------------
 # The decoder
@@ -291,7 +292,7 @@ def train(args, cfg=None):
     decoder_optimizers = [torch.optim.AdamW(decoder.parameters(), lr=args.lr, betas=(0.9, 0.99), **plain)]
     discriminator_optimizers = [torch.optim.AdamW(discriminator.parameters(), lr=args.lr / 10, betas=(0.5, 0.9), **plain)]
     run.config |= {"encoders": args.vae, "scaling_factor": autoencoder.scaling_factor, "shift_factor": autoencoder.shift_factor}
-    run.keep([*decoder_optimizers, *discriminator_optimizers], {"pictures": pictures.name, "vae": autoencoder.fingerprint("vae"),
+    run.keep([*decoder_optimizers, *discriminator_optimizers], {"contents": pictures.name, "vae": autoencoder.fingerprint("vae"),
              "shape": json.loads(json.dumps(asdict(cfg)))}, model=decoder, ema=ema, discriminator=discriminator)  # fmt: skip
     held_out = to_tensor([validation[i][0] for i in range(min(len(validation), 64))]).to(run.device)
     at_once = max(1, 64 * SIDE**2 // math.prod(held_out.shape[2:]))  # of large pictures one at a time

@@ -36,7 +36,8 @@ from common import arguments, parallel
 from common.arguments import integer, real
 from common.device import autocast, matmul_dtype
 from common.figures import curves
-from common.run import Run, update_ema
+from common.run import Run
+from common.training import update_ema
 from data import open_data, sample_prompts
 from sample import draw_pictures
 from teacher import Teacher
@@ -169,7 +170,7 @@ def train(args):
     kept = {"model": student, "ema": ema, "ratios": ratios} | ({"projector": projector} if projector else {})
     parts = [*encoders.parts, "transformer"] if teacher else encoders.parts
     weights = {"teacher": encoders.fingerprint(*parts)} | ({"gemma": encoders.gemma.fingerprint()} if encoders.gemma else {})
-    run.keep([*optimizers, *phi_optimizers], {"pictures": data.name, **weights}, **kept)
+    run.keep([*optimizers, *phi_optimizers], {"contents": data.name, **weights}, **kept)
     forward = run.wrap(student)
     if args.compile and teacher:
         teacher.compile()

@@ -46,8 +46,9 @@ from common.arguments import integer, real
 from common.device import matmul_dtype, move, take
 from common.encoders import hash_folders
 from common.figures import curves
-from common.run import Run, update_ema
+from common.run import Run
 from common.seeds import noise_rows, rng
+from common.training import update_ema
 from data import open_data, sample_prompts
 from distill import Ratio, scaled
 from evaluate import prompts_of, score
@@ -241,7 +242,7 @@ def train(args):
     weights = {"teacher": encoders.fingerprint(*encoders.parts, "transformer")}
     weights |= {"gemma": encoders.gemma.fingerprint()} if encoders.gemma else {}
     weights |= {"turbo_weights": hash_folders([Path(args.turbo) / "transformer"])} if args.turbo else {}
-    run.keep([*student_optimizers, *head_optimizers], {"pictures": data.name, **weights},
+    run.keep([*student_optimizers, *head_optimizers], {"contents": data.name, **weights},
              model=student, ema=ema, discriminator=discriminator, ratio=ratio)  # fmt: skip
     forward, scored, adversarial = run.wrap(student), args.watch and not args.data, "adv" in args.losses
     logits, targets = {}, {}  # D's last answers, for gan.png; what target() said in this step

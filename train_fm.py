@@ -22,25 +22,183 @@ scale, AdamW otherwise, with warm-up and linear decay; shift 3 at class scale an
 time. The paper's data, batch sizes and learning rate here are not public.
 """
 
+import copy
 import math
 import re
+import time
+from contextlib import nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import flow
-from common import arguments, parallel
-from common.device import autocast, move, take
+from common import arguments, parallel, training
+from common.arguments import integer, real
+from common.checkpoint import check_encoders, load_state, load_student, save_network, save_state
+from common.device import autocast, describe_machine, half, move, multiply_in_bfloat16, pick_device, student_dtype, take
+from common.encoders import FrozenEncoders
 from common.figures import curves
 from common.muon import Muon
-from common.run import BINS, Run, update_ema
 from common.seeds import noise_rows, rng
+from common.training import BINS, Log, Means, ahead, clip_gradients, learning_rate, update_ema
 from data import open_data, sample_prompts
-from model import LADDER
+from model import LADDER, PRESETS, UNet, ladder, zero_branches
 from sample import draw_pictures
 
 CAPTION_DROPOUT = 0.1  # [A]
 LR = 5e-3, 1e-4  # at class scale, at the paper's sizes [A]
+WARMUP, EVERY = 200, 50  # steps until the learning rate is at its peak [A]; steps between two rows of log.csv
+
+
+def make_parser():
+    p = arguments.Parser(__doc__, "python train_fm.py --steps 600 --pictures 10000 --out runs/mine")
+    add = p.add_argument
+    # the network and what it starts from
+    add("--size", choices=PRESETS, default="tiny", help="the UNet: class scale, or one of the paper's two")
+    add("--ladder", choices=LADDER, help="train an earlier step of the ladder of Fig. 2, at the widths of --size")
+    add("--init", metavar="DIR", help="start from this student's weights instead of random ones")
+    # data and the frozen encoders
+    add("--teacher", metavar="DIR", default="assets/toy-sd3", help="SD3 folder whose autoencoder and text encoders are used")
+    add("--gemma", metavar="DIR", help="folder of google/gemma-2-2b: a third text encoder, as in the paper's --size t2i")
+    arguments.add_data(p)
+    # training
+    add("--steps", type=integer(1), default=2500, help="training steps")
+    add("--batch", type=integer(1), default=64, help="pictures a step, of all GPUs together")
+    add("--accumulate", type=integer(1), default=1, help="parts in which each GPU takes its share, to save memory")
+    add("--checkpointing", action="store_true", help="compute activations twice, to save memory")
+    add("--lr", type=real(0), help="learning rate after the warm-up; default: {:g}; the paper's sizes: {:g}".format(*LR))
+    add("--optimizer", choices=("adamw", "muon"), help="default: muon for --size tiny, adamw for the paper's")
+    add("--ema", type=real(0, 1), default=0.999, help="decay of the averaged weights; 0.9999 for a million steps")
+    add("--seed", type=integer(0), default=0, help="seed of weights, noise, timesteps and the data's order")
+    # the run
+    arguments.add_run(p, out="runs/fm", save_every=500)
+    return p
+
+
+def parse_arguments(argv=None):
+    return arguments.by_size(make_parser().parse_args(argv), lr=LR)
+
+
+def train(args):
+    """One run, from flags to saved weights."""
+    # ---- the folder, the device, the ranks
+    out, device, rank = Path(args.out), pick_device(args.device), parallel.rank()
+    if (out / "train_state").is_dir() and not args.resume:
+        raise SystemExit(f"{out} holds a run already: go on with --resume, choose another --out, or delete it.")
+    rows = parallel.rows(args.batch, args.accumulate)  # this rank's, of each batch
+    size = (rows.stop - rows.start) // args.accumulate  # pictures that are on the device together
+    torch.manual_seed(args.seed)
+
+    # ---- the network, and its average
+    cfg, trained = PRESETS[args.size], {}
+    if args.ladder:
+        cfg = ladder(args.ladder, cfg)
+    model = zero_branches(UNet(cfg))
+    if args.init:
+        start_from, trained = load_student(args.init)
+        if start_from.cfg != cfg:
+            raise SystemExit(f"{args.init} is not of --size {args.size}: give the size it was trained with. (A student of "
+                             "another --ladder step than f goes no further than stage 1.)")  # fmt: skip
+        model.load_state_dict(start_from.state_dict())
+    model.to(device, memory_format=torch.channels_last)  # depthwise convolutions like it
+    multiply_in_bfloat16(model, device)
+    model.checkpointing = args.checkpointing
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+
+    # ---- frozen encoders, data
+    gemma = args.gemma or trained.get("gemma")
+    encoders = FrozenEncoders(args.teacher, device, torch.float32 if args.size == "tiny" else half(device), gemma)
+    if trained:
+        check_encoders(trained, encoders)
+    if encoders.latent_channels != cfg.latent_channels:
+        raise SystemExit(f"the autoencoder of {args.teacher} has {encoders.latent_channels} latent channels, the UNet "
+                         f"{cfg.latent_channels}: give --teacher an SD3 folder.")  # fmt: skip
+    data, val = open_data(args, encoders)
+    prompts, shift = sample_prompts(args, data), timestep_shift(args)
+
+    # ---- the optimizers; what --resume restores, bit for bit
+    optimizers = make_optimizers(model, args.lr, args.optimizer)
+    networks = {"model": model, "ema": ema}
+    hashes = {"contents": data.name, "teacher": encoders.fingerprint()}
+    settings = arguments.settings_of(args) | hashes
+    start = load_state(out, settings, optimizers, **networks) if args.resume else 0
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # loading makes new ones
+    machine = describe_machine(device) | {"products": str(student_dtype(device)).removeprefix("torch.")}
+    config = {
+        "stage": "fm", "size": args.size, "machine": machine, "encoders": args.teacher, "gemma": gemma,
+        "scaling_factor": encoders.scaling_factor, "shift_factor": encoders.shift_factor,
+        "latent_size": list(data.shape[1:]), "sampling": sampling_settings(args), "settings": arguments.all_of(args) | hashes,
+    }  # fmt: skip
+    training.say_start(out, config, start, args.steps, model)
+
+    # ---- several GPUs: the backward pass averages the gradients of all ranks
+    forward, several = torch.compile(model) if args.compile else model, parallel.world() > 1
+    if several:
+        forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None,
+                                          gradient_as_bucket_view=True)  # fmt: skip
+
+    # ---- the loop
+    def make(step):
+        return noisy_batch(data, args.seed, step, args.batch, shift, rows=rows)
+
+    log, means, bad_steps, last_row, clock = Log(out / "log.csv", start), Means(device), 0, start, time.perf_counter()
+    bar = tqdm(total=args.steps, initial=start, desc="fm", mininterval=1, disable=None if rank == 0 else True)
+    for step, batch in zip(range(start, args.steps), ahead(make, range(start, args.steps), device), strict=True):
+        for group in groups:
+            group["lr"] = args.lr * learning_rate(step, args.steps, WARMUP)
+
+        for k in range(args.accumulate):
+            part = move(take(batch, slice(k * size, (k + 1) * size)), device)
+            last = k == args.accumulate - 1
+            with forward.no_sync() if several and not last else nullcontext():  # only the last part averages over ranks
+                predicted = predict(forward, part)
+                loss = (predicted - part.v).square().mean((1, 2, 3))  # (B,)   || v_theta(x_t, t, c) - v ||^2
+                (loss.mean() / args.accumulate).backward()
+            means.add(t=part.t, loss=loss)
+
+        norm, bad = clip_gradients(model.parameters(), 1.0)
+        means.add(grad_norm=norm, skipped=bad)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        update_ema(ema, model, step, args.ema)
+        bar.update()
+
+        # ---- a row of log.csv; now and then validate, draw, save
+        due = (step + 1) % args.save_every == 0 or step + 1 == args.steps
+        if not due and (step + 1) % EVERY:
+            continue
+        row, by_t = means.take()
+        seconds = (time.perf_counter() - clock) / (step + 1 - last_row)  # a step
+        bad_steps = bad_steps + step + 1 - last_row if row["skipped"] > 0.5 else 0
+        last_row = step + 1
+        if bad_steps > 1:  # a row may cover a single step
+            training.stop_on_nan(out, step, f"--lr {args.lr}")
+        if rank == 0:
+            if due:
+                row["val_loss"] = validate(ema, val, shift, device)
+                if not math.isfinite(row["val_loss"]):
+                    training.stop_on_nan(out, step, f"--lr {args.lr}")
+            rate = args.batch / seconds
+            log.add(step=step + 1, pictures=(step + 1) * args.batch, **row, **by_t, lr=groups[0]["lr"], pictures_per_second=rate)
+            training.say_row(bar, step + 1, args.steps, row, groups[0]["lr"], rate, seconds)
+        if rank == 0 and due:  # the state comes last: what a kill leaves undone before it is done again by --resume
+            training.save_samples(out, step + 1, draw_pictures(ema, config, encoders, prompts, range(len(prompts))))
+            plot(log, out)
+            save_network(out, ema, config | {"step": step + 1, "pictures_seen": (step + 1) * args.batch})
+            save_state(out, step + 1, settings, optimizers, **networks)
+        if due:
+            parallel.wait(patient=False)
+        clock = time.perf_counter()
+    bar.close()
+    training.say_end(out)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The pieces
 
 
 class Batch(NamedTuple):
@@ -72,29 +230,6 @@ def predict(net, batch, feature=None):
     with autocast(batch.x_t.device):
         out = net(batch.x_t, batch.t, batch.states.float(), batch.mask, feature)
     return tuple(x.float() for x in out) if feature else out.float()
-
-
-def train(args):
-    run = Run(args, "fm")
-    model, ema, encoders = run.student(args.init)
-    data, val = open_data(args, encoders)
-    prompts, shift = sample_prompts(args, data), timestep_shift(args)
-    run.config |= {"latent_size": list(data.shape[1:]), "sampling": sampling_settings(args)}
-    optimizers = make_optimizers(model, args.lr, args.optimizer)
-    run.keep(optimizers, {"pictures": data.name, "teacher": encoders.fingerprint()}, model=model, ema=ema)
-    forward = run.wrap(model)
-
-    for step, batch in run.steps(lambda step: noisy_batch(data, args.seed, step, args.batch, shift, rows=run.rows)):
-        for part in run.parts(batch):
-            predicted = predict(forward, part)
-            loss = (predicted - part.v).square().mean((1, 2, 3))  # (B,)   || v_theta(x_t, t, c) - v ||^2
-            run.backward(loss.mean())
-            run.log(t=part.t, loss=loss)
-        run.step(optimizers, model)
-        update_ema(ema, model, step, args.ema)
-        if run.due():
-            run.save(ema, plot=plot, measure=lambda: {"val_loss": validate(ema, val, shift, run.device)},
-                     samples=lambda: draw_pictures(ema, run.config, encoders, prompts, range(len(prompts))))  # fmt: skip
 
 
 def timestep_shift(args):
@@ -142,22 +277,6 @@ def plot(table, out):
     bins = {f"t in ({i / BINS:.1f}, {(i + 1) / BINS:.1f})": f"loss_t{i / BINS:.1f}" for i in range(BINS)}
     title = "Flow matching, || v_theta - v ||^2: the ends of the path are hard, in their own ways"
     curves(table, out / "loss.png", (title, bins | {"all t": "loss", "validation, EMA": "val_loss"}, "log"))
-
-
-def make_parser():
-    p = arguments.Parser(__doc__, "python train_fm.py --steps 600 --pictures 10000 --out runs/mine")
-    arguments.add_model(p, init="start from this student's weights instead of random ones",
-                        teacher="SD3 folder whose autoencoder and text encoders are used")  # fmt: skip
-    p.add_argument("--ladder", choices=LADDER, help="train an earlier step of the ladder of Fig. 2, at the widths of --size")
-    p.add_argument("--gemma", metavar="DIR", help="folder of google/gemma-2-2b: a third text encoder, as in the paper's --size t2i")
-    arguments.add_data(p)
-    arguments.add_training(p, steps=2500, batch=64, lr=LR)
-    arguments.add_run(p, out="runs/fm", save_every=500)
-    return p
-
-
-def parse_arguments(argv=None):
-    return arguments.by_size(make_parser().parse_args(argv), lr=LR)
 
 
 def main(argv=None):

@@ -43,9 +43,9 @@ from common.device import matmul_dtype, pick_device
 from common.encoders import FrozenEncoders
 from common.muon import Muon
 from common.pictures import to_tensor
-from common.run import learning_rate, update_ema
 from common.seeds import batch_indices, rng
 from common.things import THINGS
+from common.training import learning_rate, update_ema
 from common.world import (
     COLORS,
     SIDE,

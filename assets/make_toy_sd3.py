@@ -51,9 +51,9 @@ from common.device import matmul_dtype, pick_device
 from common.encoders import FrozenEncoders
 from common.muon import Muon
 from common.pictures import to_tensor
-from common.run import learning_rate, update_ema
 from common.seeds import batch_indices, rng
 from common.shapes import COLORS, SHAPES, SIDE, ShapesWorld, family_of, make_scene, parse_caption, write_caption
+from common.training import learning_rate, update_ema
 from data import encode_dataset
 from evaluate import falsify
 from teacher import T5_TOKENS, WeightedTextAttention

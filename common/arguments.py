@@ -10,6 +10,7 @@ What is wrong ends in one sentence.
 
 import argparse
 import math
+import os
 import re
 from pathlib import Path
 
@@ -147,6 +148,24 @@ def add_sampling(p):
                    help="guide only while t, 1 = noise, is within it; default: the student's, or always")  # fmt: skip
     p.add_argument("--shift", type=real(above=0), help="timestep shift; default: the student's")
     p.add_argument("--decoder", metavar="DIR", help="tiny decoder, such as assets/zoo/decoder; default: the teacher's own")
+
+
+# flags that may change on a resume:
+FREE = {"out", "resume", "device", "compile", "save_every", "accumulate", "checkpointing", "watch", "workers"}
+PATHS = {"data", "gemma", "turbo"}  # may be written otherwise on a resume (DIR/, ./DIR): what they hold is hashed
+
+
+def all_of(args):
+    """The flags that a run is described by, for config.json."""
+    flags = {name: value for name, value in vars(args).items() if name not in FREE}
+    if flags.get("init"):
+        flags["init"] = os.path.relpath(flags["init"])
+    return flags
+
+
+def settings_of(args):
+    """The flags that must be the same on a resume."""
+    return {name: value for name, value in all_of(args).items() if name not in PATHS}
 
 
 def by_size(args, **pairs):

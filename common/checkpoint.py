@@ -176,27 +176,24 @@ def state_settings(folder):
         raise SystemExit(f"{path} is damaged ({error!r}); delete the run and start again.") from error
 
 
-def changes(old, new, folders, began):
-    """What differs between the settings of a run and those it is to go on with, in words; [] if nothing does.
+HASHES = {"teacher": "teacher", "vae": "vae", "turbo_weights": "turbo", "contents": "data"}  # setting: flag of what is hashed
 
-    Some settings are hashes of what a folder holds. `folders` names it, {setting: (flag, folder)}, and `began` the folder of then.
-    """
+
+def changes(old, new):
+    """What differs between the settings of a run and those it is to go on with, in words; [] if nothing does."""
     words = []
     for name, value in new.items():
-        flag, folder = folders.get(name, (name, None))
-        if old.get(name) == value:
-            continue
-        if not folder:
+        if name == "contents" and old.get("pictures") != new.get("pictures"):
+            continue  # more or fewer pictures of the class world are said by their number
+        if old.get(name) != value and name in HASHES:
+            words.append(f"what --{HASHES[name]} holds is not what the run began with")
+        elif old.get(name) != value:
             words.append(f"--{name} was {old.get(name)}, is {value}")
-        elif began.get(name) in (None, folder):
-            words.append(f"the files of --{flag} {folder} have changed since the run began")
-        else:
-            words.append(f"--{flag} {folder} holds other files than {began[name]}, with which the run began")
     return words
 
 
-def load_state(folder, settings, optimizers, folders=None, **models):
-    """The inverse of save_state: returns the step to go on with, 0 if the folder holds no run yet. `folders`: see changes().
+def load_state(folder, settings, optimizers, **models):
+    """The inverse of save_state: returns the step to go on with, 0 if the folder holds no run yet.
 
     Raises SystemExit when the run was made with other settings (another size, batch, seed, ...), since going on would
     not be the same run.
@@ -211,9 +208,7 @@ def load_state(folder, settings, optimizers, folders=None, **models):
         old, step = json.loads(metadata["settings"]), int(metadata["step"])
     except (LookupError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise SystemExit(f"{path} is damaged ({error!r}); delete the run and start again.") from error
-    encoders = read_config(folder).get("encoders")
-    began = {"teacher": encoders, "vae": encoders, "turbo_weights": old.get("turbo"), "pictures": old.get("data")}
-    if changed := changes(old, settings, folders or {}, began):
+    if changed := changes(old, settings):
         raise SystemExit(f"cannot resume {folder} with other settings: {'; '.join(changed)}. Give what it began with, or another "
                          "--out for a new run.")  # fmt: skip
     for key, model in models.items():

@@ -122,7 +122,8 @@ class Bfloat16Pointwise(nn.Conv2d):
 
 def move(batch, device):
     """A NamedTuple of tensors on the device. Whole numbers stay: they count captions, and those lie in the CPU's memory."""
-    pinned = torch.device(device).type == "cuda"  # see common.run.ahead; from other memory a copy must not go on beside the program
+    # See common.training.ahead; from other memory a copy must not go on beside the program.
+    pinned = torch.device(device).type == "cuda"
     return type(batch)(*(x if x.dtype == torch.int64 else x.to(device, non_blocking=pinned) for x in batch))
 
 

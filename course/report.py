@@ -27,7 +27,7 @@ from common.checkpoint import check_encoders, load_student, save_atomically
 from common.device import describe_machine, pick_device
 from common.encoders import FrozenEncoders
 from common.pictures import open_picture
-from common.run import Log
+from common.training import Log
 from course.page import DASH, chart, document, evenly, folded, h, hint, image, number, path_name, problem, table
 from data import PROMPTS
 from sample import draw_pictures

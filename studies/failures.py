@@ -44,9 +44,9 @@ from common.distances import psnr
 from common.encoders import FrozenEncoders, hash_folders
 from common.figures import pyplot
 from common.pictures import to_pictures, to_tensor
-from common.run import BINS, Log
 from common.seeds import rng
 from common.shapes import ShapesWorld
+from common.training import BINS, Log
 from coreml import layers
 from coreml import mil_interpreter as mil
 from coreml.compress import compress

@@ -29,9 +29,9 @@ from common.device import describe_machine, pick_device
 from common.distances import kid, picture_features
 from common.encoders import FrozenEncoders
 from common.figures import captioned_grid
-from common.run import Log
 from common.shapes import FAMILIES, ShapesWorld
 from common.stopwatch import counting
+from common.training import Log
 from evaluate import prompts_of, score
 from sample import draw_pictures, pick_decoder
 from studies.students import draw_with_teacher, noise_for

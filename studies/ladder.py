@@ -24,7 +24,7 @@ from common.checkpoint import save_json
 from common.device import describe_machine, half, multiply_in_bfloat16, pick_device
 from common.encoders import FrozenEncoders
 from common.figures import pyplot, save_figure
-from common.run import Log
+from common.training import Log
 from model import LADDER, PRESETS, UNet, ladder
 from studies.sizes import PAPER_LADDER, count
 from studies.students import mini_geneval, train_rows

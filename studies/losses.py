@@ -17,8 +17,8 @@ from common.checkpoint import latest, save_atomically, save_json
 from common.device import half, pick_device
 from common.encoders import FrozenEncoders
 from common.figures import captioned_grid, pyplot, save_figure
-from common.run import Log
 from common.seeds import rng
+from common.training import Log
 from data import open_data
 from evaluate import prompts_of
 from sample import draw_pictures

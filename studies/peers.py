@@ -31,7 +31,7 @@ from common.checkpoint import save_json
 from common.device import describe_machine, move, multiply_in_bfloat16, pick_device
 from common.encoders import FrozenEncoders
 from common.figures import pyplot, save_figure
-from common.run import learning_rate, update_ema
+from common.training import learning_rate, update_ema
 from data import open_data
 from evaluate import prompts_of, score
 from model import PRESETS, UNet, timestep_embedding, zero_branches

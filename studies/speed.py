@@ -31,8 +31,8 @@ import flow
 import step_distill
 from common.arguments import Parser, add_device, integer
 from common.device import describe_machine, half, move, pick_device
-from common.run import ahead, update_ema
 from common.shards import ShardedLatents
+from common.training import ahead, update_ema
 from distill import Projector, Ratio, combine, normalized
 from model import PRESETS, UNet
 from teacher import T5_TOKENS, Teacher, WeightedTextAttention

@@ -17,7 +17,7 @@ from PIL import Image
 
 import decoder
 import sample
-from common import run
+from common import run, training
 from common.distances import psnr
 from common.encoders import FrozenAutoencoder
 from common.pictures import to_tensor
@@ -319,4 +319,4 @@ def test_bad_input_ends_in_one_sentence(finished, tmp_path, home):
 
 
 def test_learning_rate_is_linear_at_the_end():
-    assert math.isclose(run.learning_rate(900, 1000), 0.25)
+    assert math.isclose(training.learning_rate(900, 1000), 0.25)

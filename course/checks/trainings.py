@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.run import Log
+from common.training import Log
 from course.exercise import Hint
 
 
