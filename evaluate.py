@@ -26,17 +26,17 @@ import torch
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
+import flow
 from common import arguments, parallel
 from common.arguments import integer
 from common.benchmarks import write_folder
-from common.checkpoint import check_encoders, load_student, save_atomically, save_json
+from common.checkpoint import save_atomically, save_json
 from common.device import describe_machine, pick_device
 from common.distances import FEATURES, diversity, fid_and_kid, kid, picture_features
-from common.encoders import FrozenEncoders
 from common.shapes import COLORS, FAMILIES, SHAPES, SIDE, ShapesWorld, family_of, parse_caption, shape_outline
 from common.sources import CaptionedFolder
 from decoder import Perceptual
-from sample import draw_pictures, pick_decoder
+from sample import draw_pictures, load
 
 NOVEL_FAMILIES = ("counting", "colors", "position", "attribution")  # those whose captions name a color and a shape
 
@@ -241,24 +241,40 @@ def likeness(pictures, draw, args, device):
 
 
 def draw_with_diffusers(folder, device, args):
-    """diffusers' own StableDiffusion3Pipeline as a function prompts -> pictures: nothing of ours takes part."""
-    from diffusers import StableDiffusion3Pipeline  # seconds to import, which no student needs
+    """diffusers' own StableDiffusion3Pipeline as a function prompts -> pictures: its networks, its loop, its noise.
 
-    if args.shift is not None or args.guidance_interval or args.decoder:
-        raise SystemExit("a diffusers pipeline has a schedule and a decoder: leave out --shift, --guidance-interval, --decoder.")
+    Two of its habits would make it another experiment than a student's: so times and guidance are those of flow.py.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline  # seconds to import
+
+    class Pipeline(StableDiffusion3Pipeline):
+        """Guides at every scale but 1. diffusers guides above 1 alone, and draws with 0 and 0.5 as it does with 1."""
+
+        do_classifier_free_guidance = property(lambda self: self.guidance_scale != 1)
+
+    if args.guidance_interval or args.decoder:
+        raise SystemExit("a diffusers pipeline has a decoder of its own, and always guides: leave out --decoder and "
+                         "--guidance-interval.")  # fmt: skip
     try:
-        pipe = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32).to(device)
+        pipe = Pipeline.from_pretrained(folder, dtype=torch.float32).to(device)
     except Exception as error:  # each library has its own for a damaged file
         raise SystemExit(f"diffusers cannot load {folder}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
+    # Left alone, the scheduler of diffusers 0.42 spaces its times evenly between shift_timesteps(1) and
+    # shift_timesteps(1/1000), and shifts them once more: with a shift of 3, the last of 28 steps begins at t = 0.009,
+    # a student's at 0.1. One that shifts nothing visits the times that it is given.
+    steps, shift = args.steps or 28, args.shift or pipe.scheduler.config.shift
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    times = flow.sampling_timesteps(steps, shift)[:-1].tolist()  # it adds the 0 itself
+    guidance = 3.0 if args.guidance is None else args.guidance
 
     def draw(prompts, seed):
         pictures = []
         for start in range(0, len(prompts), 50):
             some = prompts[start : start + 50]
             generators = [torch.Generator().manual_seed(seed * 100_003 + start + i) for i in range(len(some))]
-            pictures += pipe(some, num_inference_steps=28 if args.steps is None else args.steps, generator=generators,
-                             guidance_scale=3.0 if args.guidance is None else args.guidance).images  # fmt: skip
+            drawn = pipe(some, num_inference_steps=steps, sigmas=times, guidance_scale=guidance, generator=generators)
+            pictures += drawn.images
             print(f"\rdrew {len(pictures)} of {len(prompts)}", end="", flush=True)
         print()
         return pictures
@@ -268,16 +284,12 @@ def draw_with_diffusers(folder, device, args):
 
 def draw_with_student(folder, device, args):
     """A student folder as a function prompts -> pictures."""
-    model, config = load_student(folder, device)
-    encoders = FrozenEncoders.of(config, device, args.teacher)
-    check_encoders(config, encoders)
-    if args.guidance_interval:
-        config["sampling"]["guidance_interval"] = args.guidance_interval
-    decoder = pick_decoder(args.decoder, encoders)
+    model, config, encoders, decoder = load(folder, device, args.teacher, args.decoder)
 
     def draw(prompts, seed):
         seeds = [seed * 100_003 + i for i in range(len(prompts))]
-        return draw_pictures(model, config, encoders, prompts, seeds, args.steps, args.guidance, args.shift, decoder=decoder)
+        return draw_pictures(model, config, encoders, prompts, seeds, args.steps, args.guidance, args.shift,
+                             decoder=decoder, interval=args.guidance_interval)  # fmt: skip
 
     return draw
 
@@ -349,7 +361,7 @@ def main(argv=None):
                  .format(**report["likeness"], features=FEATURES))  # fmt: skip
     print("\n" + text)
     if args.out:
-        save_atomically(lambda p: p.write_text(text + "\n"), Path(args.out) / "table.txt")
+        save_atomically(lambda p: p.write_text(text + "\n", encoding="utf-8"), Path(args.out) / "table.txt")
         save_json(report, Path(args.out) / "report.json")
     if args.json:
         print(json.dumps(report))

@@ -12,6 +12,7 @@ import argparse
 import math
 import os
 import re
+import sys
 from pathlib import Path
 
 from model import PRESETS
@@ -39,6 +40,14 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self):
         return f"example: {self.example}\n\n{super().format_help()}"
+
+    def parse_known_args(self, args=None, namespace=None):
+        for text in sys.argv[1:] if args is None else args:
+            try:
+                text.encode()
+            except UnicodeEncodeError:  # bytes that are no UTF-8 arrive as lone surrogates, which no tokenizer takes
+                self.error(f"{ascii(text)} is no UTF-8 text: type or save it as UTF-8, under a UTF-8 locale")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message):
         sentence = re.sub(r"^argument (--\S+): must be", r"\1 must be", message).rstrip(".")
@@ -141,9 +150,9 @@ class Interval(argparse.Action):
 
 
 def add_sampling(p):
-    """--steps --guidance --guidance-interval --shift --decoder: how a student draws, if not as its config says."""
+    """--steps --guidance --guidance-interval --shift --decoder: how a model draws, if not as its own config says."""
     p.add_argument("--steps", type=integer(1), help="Euler steps; default: what the student was made for")
-    p.add_argument("--guidance", type=real(0), help="classifier-free guidance, 1 = none; default: the student's")
+    p.add_argument("--guidance", type=real(0), help="classifier-free guidance: 1 none, 0 as without a text; default: the student's")
     p.add_argument("--guidance-interval", type=real(0, 1), nargs=2, metavar=("LOW", "HIGH"), action=Interval,
                    help="guide only while t, 1 = noise, is within it; default: the student's, or always")  # fmt: skip
     p.add_argument("--shift", type=real(above=0), help="timestep shift; default: the student's")

@@ -19,17 +19,21 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from common.checkpoint import save_atomically
+from common import parallel
+from common.checkpoint import save_atomically, save_json
+from common.encoders import hash_folders
 
 GRID = 4  # pictures a prompt in DPG-Bench
 
 
 def read_prompts(path):
-    """The non-empty lines of a text file."""
+    """The non-empty lines of a text file, with or without a byte order mark. Only "\\n" and "\\r\\n" end a line: a prompt
+    may hold what str.splitlines() cuts at as well, such as U+2028."""
     try:
-        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = Path(path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise SystemExit(f"cannot read prompts from {path}: {error}") from error
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
         raise SystemExit(f"{path} holds no prompt: write one a line.")
     return prompts
@@ -46,11 +50,12 @@ def read_what(path):
     lines = read_prompts(path)
     if path.suffix == ".jsonl":
         try:
-            return "geneval", [json.loads(line)["prompt"] for line in lines], lines
-        except (ValueError, KeyError, TypeError) as error:
-            raise SystemExit(
-                f"{path} is no evaluation_metadata.jsonl: each line needs a prompt ({error!r})."
-            ) from error
+            prompts = [json.loads(line)["prompt"] for line in lines]
+            for prompt in prompts:
+                prompt.encode()  # JSON can hold half a surrogate pair, "\\ud83d", which no tokenizer takes
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise SystemExit(f"{path} is no evaluation_metadata.jsonl: each line needs a prompt ({error!r}).") from error
+        return "geneval", prompts, lines
     synsets = [re.fullmatch(r"n\d{8}\s+(.*)", line) for line in lines]
     if all(synsets):  # the captions that training saw
         return "folder", [f"a photo of {match[1].split(',')[0].strip()}" for match in synsets], None
@@ -71,9 +76,40 @@ def plan(what, n, seed):
     return layout, pictures, names
 
 
+def draw_files(draw, what, n, seed, batch, settings, out, npz=None):
+    """Draw every prompt of `what` into the folder `out`, in the layout that plan() finds for it. What is there stays.
+
+    Args: draw, a function (prompts, seeds) -> pictures; batch, how many are drawn before they are saved; settings,
+    what else the pictures depend on: a folder with other settings is refused; npz, a file for write_npz() or None.
+    """
+    layout, pictures, names = plan(what, n, seed)
+    settings = {**settings, "captions": hash_folders([Path(what).absolute()])}
+    with parallel.first_alone():
+        path = out / "settings.json"
+        if path.is_file() and (old := json.loads(path.read_text())) != settings:
+            changed = [f"{k} was {old.get(k)}, is {v}" for k, v in settings.items() if old.get(k) != v]
+            raise SystemExit(f"{out} holds other pictures: {'; '.join(changed)}. Give another --out, or delete it.")
+        if parallel.rank() == 0:
+            save_json(settings, path)
+    mine = pictures[parallel.rank() :: parallel.world()]
+    todo = [(out / path, prompt, seed) for path, prompt, seed in mine if not (out / path).is_file()]
+    bar = tqdm(total=len(todo), desc="drawing", unit=" pictures", disable=None if parallel.rank() == 0 else True)
+    for start in range(0, len(todo), batch):
+        paths, prompts, seeds = zip(*todo[start : start + batch], strict=True)
+        for path, picture in zip(paths, draw(prompts, seeds), strict=True):
+            save_atomically(picture.save, path)
+        bar.update(len(paths))
+    bar.close()
+    parallel.wait()
+    if parallel.rank() == 0:
+        finish(out, layout, pictures, names)
+        if npz:
+            write_npz(out, pictures, npz)
+        print(f"wrote {len(pictures)} pictures to {out}" + (f", and {npz}" if npz else ""))
+
+
 def finish(out, layout, pictures, names):
     """What belongs beside the pictures: GenEval's metadata, DPG-Bench's grids, metadata.jsonl of a plain folder."""
-    out = Path(out)
     if layout == "geneval":
         for i, line in enumerate(names):
             save_atomically(
@@ -107,11 +143,13 @@ def write_folder(out, pictures, captions):
 
 
 def write_npz(out, pictures, path):
-    """All pictures as ADM's evaluator reads them: arr_0, (N, H, W, 3) uint8."""
-    first = np.asarray(Image.open(Path(out) / pictures[0][0]))
+    """All pictures as ADM's evaluator reads them: arr_0, (N, H, W, 3) uint8, in a fixed random order: its Inception Score
+    is the mean over blocks of 5,000 pictures, and in a block of 100 classes it would be far too low."""
+    first = np.asarray(Image.open(out / pictures[0][0]))
     arr = np.empty((len(pictures), *first.shape), dtype=np.uint8)
-    for i, (name, _, _) in enumerate(tqdm(pictures, desc="packing", disable=None)):
-        arr[i] = np.asarray(Image.open(Path(out) / name))
+    order = np.random.default_rng(0).permutation(len(pictures))
+    for i, k in enumerate(tqdm(order, desc="packing", disable=None)):
+        arr[i] = np.asarray(Image.open(out / pictures[k][0]))
 
     def write(p):
         with open(p, "wb") as file:

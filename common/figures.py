@@ -1,6 +1,8 @@
 """The figures that runs leave: curves of log.csv, and grids of pictures."""
 
+import itertools
 import math
+import warnings
 
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFont
@@ -64,19 +66,99 @@ def stack(rows):
     return whole
 
 
+def enlarge(picture, side=256):
+    """Small pictures for large screens: as often as the shorter side goes into `side`, each pixel becoming a square.
+    So nothing is invented, and reduce() by the same factor gives the true pixels back."""
+    return picture.resize([max(1, side // min(picture.size)) * n for n in picture.size], Image.Resampling.NEAREST)
+
+
+def font_for(text, size=12):
+    """(font, letters it lacks): DejaVu Sans, which matplotlib brings along; or the first of the system's fonts that
+    has every letter of the text, if there is one."""
+    from matplotlib import font_manager
+
+    letters = {letter for letter in text if letter.isprintable() and not letter.isspace()}
+
+    def lacks(path):
+        try:
+            charmap = font_manager.get_font(path).get_charmap()
+            ImageFont.truetype(path, size)  # fonts of bitmaps have other sizes
+        except (OSError, RuntimeError):
+            return letters
+        return {letter for letter in letters if ord(letter) not in charmap}
+
+    usual = font_manager.findfont("DejaVu Sans")
+    others = sorted({f.fname for f in font_manager.fontManager.ttflist if "Last Resort" not in f.name})  # that: boxes
+    best = next((path for path in [usual, *others] if not lacks(path)), usual)
+    return ImageFont.truetype(best, size), "".join(sorted(lacks(best)))
+
+
+def wrap(text, font, width, most=3):
+    """At most `most` lines of the text, none wider than `width` pixels; "..." where the rest is left out. A word that
+    is too wide is cut, as are scripts that have no spaces."""
+    lines = [""]
+    for word in text.split():
+        for k, piece in enumerate([word] if font.getlength(word) <= width else word):
+            longer = lines[-1] + (" " if k == 0 and lines[-1] else "") + piece
+            if font.getlength(longer) <= width or not lines[-1]:
+                lines[-1] = longer
+            else:
+                lines.append(piece)
+        if len(lines) > most:
+            break
+    if len(lines) > most:
+        last = lines[most - 1]
+        while last and font.getlength(last + "...") > width:
+            last = last[:-1]
+        lines = [*lines[: most - 1], last + "..."]
+    return lines
+
+
 def captioned_grid(rows, captions, scale=1):
-    """A picture of rows of equally large pictures, each row under its caption."""
-    font = ImageFont.load_default(13)
+    """A picture of rows of equally large pictures, each row under its caption. Captions are no wider than the grid."""
     width, height = (side * scale for side in rows[0][0].size)
-    text_width = max(int(font.getlength(caption)) for caption in captions)
-    grid = Image.new("RGB", (max(text_width, len(rows[0]) * (width + 4)) + 12, len(rows) * (height + 26) + 6), "white")
+    whole = max(len(row) for row in rows) * (width + 4) + 8
+    line, labels, lacking = 16, [], set()
+    for caption in captions:
+        font, missing = font_for(caption)
+        labels.append((font, wrap(caption, font, whole - 12)))
+        lacking |= {*missing}
+    if lacking:
+        warnings.warn(f"no font of this system has all letters of the labels: boxes stand for {''.join(sorted(lacking))}"
+                      " (the pictures are as they should be)", stacklevel=2)  # fmt: skip
+    tops = list(itertools.accumulate((line * len(lines) + height + 10 for _, lines in labels), initial=4))
+    grid = Image.new("RGB", (whole, tops[-1] + 2), "white")
     pen = ImageDraw.Draw(grid)
-    for r, (row, caption) in enumerate(zip(rows, captions, strict=True)):
-        top = r * (height + 26) + 4
-        pen.text((6, top), caption, fill="black", font=font)
+    for row, (font, lines), top in zip(rows, labels, tops, strict=False):
+        for k, words in enumerate(lines):
+            pen.text((6, top + line * k), words, fill="black", font=font)
         for c, picture in enumerate(row):
-            grid.paste(picture.resize((width, height), Image.Resampling.BICUBIC), (6 + c * (width + 4), top + 20))
+            scaled = picture.resize((width, height), Image.Resampling.BICUBIC)
+            grid.paste(scaled, (6 + c * (width + 4), top + line * len(lines) + 4))
     return grid
+
+
+def save_trajectory(times, noisy, clean, path):
+    """A denoising as a film (.gif) or a strip: x_t (S, C, h, w) of S times beside the S pictures of the predicted x_0.
+
+    x_t is shown as it is, a cell a square: decoded, noise would look like some strange picture. Red, green and blue
+    are the three directions in which the last x_t, the drawn one, varies most.
+    """
+    noisy = noisy.float().cpu()
+    drawn = noisy[-1].flatten(1)  # (C, h * w)
+    directions = torch.linalg.svd(drawn - drawn.mean(1, keepdim=True))[0][:, :3]  # (C, 3)
+    colors = torch.einsum("schw,ck->skhw", noisy - drawn.mean(1)[:, None, None], directions)
+    film = path.lower().endswith(".gif")
+    clean = [enlarge(picture, 256 if film else 128) for picture in clean]
+    noisy = [x.resize(clean[0].size, Image.Resampling.NEAREST) for x in to_pictures(colors / 3)]  # noise is within +-3
+    if not film:
+        labels = ["x_t: three directions in the latent as red, green, blue", "predicted x_0"]
+        save_atomically(captioned_grid([noisy, clean], labels).save, path)
+        return
+    frames = [captioned_grid([pair], [f"t = {t:.2f}: x_t, the predicted x_0"])
+              for t, *pair in zip(times, noisy, clean, strict=True)]  # fmt: skip
+    how = dict(save_all=True, append_images=frames[1:], duration=[120] * (len(frames) - 1) + [1500], loop=0)
+    save_atomically(lambda p: frames[0].save(p, **how), path)
 
 
 def side_by_side(pictures, autoencoder, decoder, device, count, scale=2):

@@ -1,6 +1,6 @@
 """Stage 3 under the lens: how many steps are enough, what each loss gives, and what it saves.
 
-    python -m studies.few_steps --compare assets/zoo/step_distill       # teacher | before: 28, 4 | after: 8, 4, 2, 1 steps; times
+    python -m studies.few_steps --compare assets/zoo/step_distill       # teacher | before: 28, 4 | after: 8, 4, 2, 1; scores, times
     python -m studies.few_steps --ablate --steps 300 --seeds 2          # either loss alone, both, and D taught in other ways
 """
 
@@ -17,7 +17,7 @@ from common.checkpoint import latest, save_atomically, save_json
 from common.device import autocast, describe_machine, pick_device
 from common.encoders import FrozenEncoders
 from common.figures import captioned_grid
-from evaluate import prompts_of
+from evaluate import prompts_of, score
 from sample import decode
 from studies.students import (
     describe_rows,
@@ -41,50 +41,53 @@ ROWS = {
     "and shifted levels": {"losses": "adv+kd", "adv_weight": 0.3, "level_shift": 3.0},
     "heads on six blocks": {"losses": "adv+kd", "adv_weight": 0.3, "layers": [0, 1, 2, 3, 4, 5]},  # all that toy-sd3 has
 }
+BATCH = 60  # pictures at once, when they are timed
 OWN = ("ablate", "compare", "before", "rows", "seeds", "per_family")  # flags that are no part of a training
 
 
 @torch.no_grad()
 def compare(args):
-    """compare.png: rows of prompts; columns teacher 28, the student before with 28 and with 4 steps, ours with 8, 4, 2, 1.
-
-    Prints what a picture takes in the UNet, in a full batch: the best of two turns, taken one after the other.
+    """Teacher with 28 steps | the student before with 28 and with 4 | ours with 8, 4, 2, 1: compare.png of some prompts,
+    mini-GenEval of --per-family prompts each, and what a picture takes in the UNet: the best of the batches, each of
+    which every column draws in turn.
     """
     ((ours, config),), encoders = load_students([args.compare], args)
     folder = args.before or config["settings"].get("init") or "assets/zoo/distill"
     ((before, before_config),), _ = load_students([folder], args)
-    prompts = prompts_of("val", 2, args.seed)
+    shift, kinds = config["sampling"]["shift"], {
+        "before 28": (before, 28, before_config["sampling"]["guidance"]),
+        "before 4": (before, 4, 1.0),
+        **{f"ours {n}": (ours, n, 1.0) for n in (8, 4, 2, 1)},
+    }  # fmt: skip
+    prompts = prompts_of("val", args.per_family, args.seed)
     noise = noise_for(prompts, args.seed, config, encoders)
-    columns = {"teacher 28": draw_with_teacher(args, encoders, prompts, noise, config["sampling"]["shift"])}
-    kinds = {
-        "before 28": (before, before_config, 28, before_config["sampling"]["guidance"]),
-        "before 4": (before, before_config, 4, 1.0),
-        **{f"ours {n}": (ours, config, n, 1.0) for n in (8, 4, 2, 1)},
-    }
+    columns, seconds = {"teacher 28": draw_with_teacher(args, encoders, prompts, noise, shift)}, {}
+    for some in torch.arange(len(prompts)).split(BATCH):
+        captions = [prompts[i] for i in some]
+        for kind, (model, steps, guidance) in kinds.items():
+            text, empty = (encoders.student_text(c, model.cfg.text_dim) for c in (captions, [""] * len(captions)))
+            start = time.perf_counter()
+            with autocast(noise.device):
+                latents = flow.euler_sample(model, noise[some], text, empty, steps, guidance, shift)
+            latents.sum().item()  # waits for a GPU
+            took = (time.perf_counter() - start) / len(captions)
+            seconds[kind] = min(seconds.get(kind, took), took)
+            columns.setdefault(kind, []).extend(decode(encoders, latents))
 
-    def draw(kind, copies):
-        model, config, steps, guidance = kinds[kind]
-        captions = prompts * copies
-        text, empty = (encoders.student_text(c, model.cfg.text_dim) for c in (captions, [""] * len(captions)))
-        start, x = time.perf_counter(), noise.repeat(copies, 1, 1, 1)
-        with autocast(noise.device):
-            latents = flow.euler_sample(model, x, text, empty, steps, guidance, config["sampling"]["shift"])
-        latents.sum().item()  # waits for a GPU
-        return latents, (time.perf_counter() - start) / len(captions)
-
-    for kind in kinds:
-        columns[kind] = decode(encoders, draw(kind, 1)[0])
-    rows = [[column[k] for column in columns.values()] for k in range(len(prompts))]
-    grid = captioned_grid(rows, [f"{prompt}: {' | '.join(columns)}" for prompt in prompts], scale=2)
+    shown = [i for i in range(len(prompts)) if i % args.per_family < 2]  # two of each family
+    rows = [[column[i] for column in columns.values()] for i in shown]
+    grid = captioned_grid(rows, [f"{prompts[i]}: {' | '.join(columns)}" for i in shown], scale=2)
     save_atomically(grid.save, args.out / "compare.png")
-
-    turns = [{kind: draw(kind, 5)[1] for kind in kinds} for _ in range(2)]
-    seconds = {kind: min(turn[kind] for turn in turns) for kind in kinds}
-    print(f"seconds a picture in the UNet, {5 * len(prompts)} at once, {describe_machine(noise.device)}:")
-    for kind, value in seconds.items():
-        print(f"    {kind:10}{value:8.3f}{seconds['before 28'] / value:8.1f} times as fast as before")
-    save_json(seconds, args.out / "seconds.json")
-    print(f"wrote {args.out}/compare.png, seconds.json")
+    scores = {kind: score(pictures, prompts) for kind, pictures in columns.items()}
+    print(f"mini-GenEval of {len(prompts)} pictures, chance {scores['ours 4']['chance']:.3f}; seconds a picture in the UNet,"
+          f" {min(BATCH, len(prompts))} at once; {describe_machine(noise.device)}")  # fmt: skip
+    print(f"{'steps':14}{'score':>7}   {'95 % interval':16}{'seconds':>8}")
+    for kind, result in scores.items():
+        low, high = result["interval"]
+        speed = f"{seconds[kind]:8.3f}, {seconds['before 28'] / seconds[kind]:.1f} times as fast" if kind in seconds else ""
+        print(f"{kind:14}{result['overall']:7.3f}   {f'{low:.3f} to {high:.3f}':16}{speed}")
+    save_json({"scores": scores, "seconds": seconds}, args.out / "compare.json")
+    print(f"wrote {args.out}/compare.png, compare.json")
 
 
 def ablate(args):
@@ -115,11 +118,13 @@ def parse_arguments(argv=None):
     p.add_argument("--before", metavar="DIR", help="the student of stage 2, for --compare; default: the one it began as")
     p.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help="these rows of --ablate alone, by the names it prints")
     p.add_argument("--seeds", type=integer(1), default=3, help="runs a row, for --ablate")
-    p.add_argument("--per-family", type=integer(1), default=100, help="mini-GenEval prompts a family, for --ablate")
+    p.add_argument("--per-family", type=integer(1),
+                   help="mini-GenEval prompts a family; default: 100 for --ablate, 20 for --compare")  # fmt: skip
     p.set_defaults(out=arguments.Path("runs/studies/few_steps"))
     args = arguments.by_size(p.parse_args(argv), lr=step_distill.LR)
     if args.ablate and args.data:
         raise SystemExit("--ablate counts shapes, and needs the shapes world: leave --data out.")
+    args.per_family = args.per_family or (100 if args.ablate else 20)
     args.init = args.init or (latest("distill") if args.ablate else None)
     return args
 

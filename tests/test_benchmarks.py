@@ -14,6 +14,7 @@ from PIL import Image
 
 import evaluate
 import sample
+from common import benchmarks
 from common.shapes import ShapesWorld
 
 pytestmark = pytest.mark.usefixtures("at_home")
@@ -74,11 +75,12 @@ def test_adm_and_two_processes_and_resume(home, tmp_path):
     ]
     arr = np.load(tmp_path / "s.npz")["arr_0"]
     assert arr.shape == (6, 64, 64, 3) and arr.dtype == np.uint8
-    assert all(np.array_equal(arr[i], pixels(out / f"{i:05d}.png")) for i in range(6))
-    assert (arr[3] == (255, 0, 0)).all()  # it was there
+    drawn = np.stack([pixels(out / f"{i:05d}.png") for i in range(6)])
+    assert sorted(picture.tobytes() for picture in arr) == sorted(picture.tobytes() for picture in drawn)
+    assert (drawn[3] == (255, 0, 0)).all()  # it was there
     sample.main([*arguments, "--out", str(tmp_path / "alone")])  # one process draws the same pictures
     for i in (0, 1, 2, 4, 5):
-        difference = np.abs(pixels(tmp_path / "alone" / f"{i:05d}.png").astype(int) - arr[i])
+        difference = np.abs(pixels(tmp_path / "alone" / f"{i:05d}.png").astype(int) - drawn[i])
         assert difference.max() <= 2
     with pytest.raises(SystemExit, match="holds other pictures: seed was 0, is 1"):
         sample.main([*arguments, "--out", str(out), "--seed", "1"])
@@ -88,12 +90,39 @@ def test_adm_and_two_processes_and_resume(home, tmp_path):
         sample.main([*arguments, "--out", str(out)])
 
 
+def test_the_pictures_for_adm_are_in_a_random_order_and_always_in_the_same(tmp_path):
+    """Its Inception Score is a mean over blocks, of 5,000 pictures, in each of which all classes should occur."""
+    pictures = [(f"{i}.png", "", i) for i in range(400)]  # 20 of each of 20 classes, one class after the other
+    for i, (name, _, _) in enumerate(pictures):
+        Image.new("RGB", (2, 2), (i // 20, i % 20, 0)).save(tmp_path / name)
+    for name in ("a.npz", "b.npz"):
+        benchmarks.write_npz(tmp_path, pictures, tmp_path / name)
+    a, b = (np.load(tmp_path / name)["arr_0"] for name in ("a.npz", "b.npz"))
+    assert np.array_equal(a, b) and len({tuple(picture[0, 0]) for picture in a}) == 400
+    for block in a.reshape(4, 100, 2, 2, 3):
+        assert len({picture[0, 0, 0] for picture in block}) >= 18  # of 20; in their own order 5
+
+
+def test_lines_of_a_prompt_file(tmp_path):
+    """A byte order mark is no letter, and only "\\n" and "\\r\\n" end a line."""
+    path, prompts = tmp_path / "prompts.txt", ["a photo of a star", "a\u2028photo\x85of\x0ca\x1dcircle", "Äpfel"]
+    path.write_bytes("\r\n".join(["\ufeff" + prompts[0], "", *prompts[1:]]).encode())
+    assert benchmarks.read_what(path) == ("folder", prompts, None)
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    (tmp_path / "evaluation_metadata.jsonl").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    assert benchmarks.read_what(tmp_path / "evaluation_metadata.jsonl") == ("geneval", prompts, lines)
+    (tmp_path / "LOC_synset_mapping.txt").write_text("\ufeffn01440764 tench, Tinca tinca\nn01443537 goldfish\n", "utf-8")
+    assert benchmarks.read_what(tmp_path / "LOC_synset_mapping.txt")[1] == ["a photo of tench", "a photo of goldfish"]
+
+
 def test_bad_prompts_end_in_one_sentence(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.jsonl").write_text('{"text": "no prompt"}\n')
+    (tmp_path / "half.jsonl").write_text('{"prompt": "nice \\ud83d"}\n')  # half of an emoji
+    (tmp_path / "list.jsonl").write_text('{"prompt": ["a star"]}\n')
     for what, words in (
         ("empty", "holds no .txt files"),
-        ("bad.jsonl", "each line needs a prompt"),
+        *((f"{name}.jsonl", "each line needs a prompt") for name in ("bad", "half", "list")),
         ("none", "cannot read prompts"),
     ):
         with pytest.raises(SystemExit, match=words):

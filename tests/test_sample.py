@@ -1,22 +1,30 @@
 """Sampling and evaluation from the command line, with the committed student."""
 
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from PIL import Image
 
 import common.encoders
 import evaluate
 import sample
+import step_distill
 from common.checkpoint import load_student
 from common.encoders import FrozenEncoders
+from common.figures import captioned_grid, font_for
 from common.sources import CaptionedFolder
+from model import UNet
+from studies.students import encode_prompts
+from teacher import Teacher
 
 ROOT = Path(__file__).parent.parent
+TOY = "assets/toy-sd3"
 FEW = ["--steps", "2", "--device", "cpu"]
 
 
@@ -27,7 +35,18 @@ def at_root(monkeypatch):
 
 def test_one_prompt_makes_one_picture(tmp_path):
     sample.main(["a photo of a red circle", "--out", str(tmp_path / "one.png"), *FEW])
-    assert Image.open(tmp_path / "one.png").size == (64, 64)
+    assert Image.open(tmp_path / "one.png").size == (256, 256)
+
+
+def test_small_pictures_are_scaled_up_to_be_looked_at_and_nothing_is_lost(tmp_path):
+    """Each pixel a square: reduced by the same factor it is the picture of --true-size, as --prompts writes it."""
+    (tmp_path / "prompts.txt").write_text("a photo of a star")
+    for what in (["a photo of a star", "--out", "large.png"], ["a photo of a star", "--true-size", "--out", "true.png"],
+                 ["--prompts", str(tmp_path / "prompts.txt"), "--out", "drawn"]):  # fmt: skip
+        sample.main([*what[:-1], str(tmp_path / what[-1]), *FEW])
+    large, true, drawn = (Image.open(tmp_path / name) for name in ("large.png", "true.png", "drawn/00000.png"))
+    assert large.size == (256, 256) and true.size == drawn.size == (64, 64)
+    assert large.reduce(4).tobytes() == true.tobytes() == drawn.tobytes()
 
 
 def test_several_prompts_make_a_captioned_grid(tmp_path):
@@ -35,7 +54,27 @@ def test_several_prompts_make_a_captioned_grid(tmp_path):
         ["a photo of a star", "a photo of two blue squares", "--n", "3", "--out", str(tmp_path / "grid.png"), *FEW]
     )
     width, height = Image.open(tmp_path / "grid.png").size
-    assert width >= 3 * 128 and height >= 2 * 128
+    assert width >= 3 * 256 and height >= 2 * 256
+
+
+def test_a_prompt_of_any_length_leaves_the_grid_as_wide_as_it_is():
+    picture, sizes = Image.new("RGB", (128, 128)), {}
+    for name, prompt in {"short": "a star", "words": "a photo of a star " * 100, "one": "a" * 3000, "cjk": "星" * 999}.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # there may be no Chinese font
+            sizes[name] = captioned_grid([[picture, picture]], [prompt]).size
+    assert {width for width, _ in sizes.values()} == {2 * 132 + 8}
+    assert 128 < sizes["short"][1] < sizes["words"][1] == sizes["one"][1] == sizes["cjk"][1] < 200  # three lines, "..."
+
+
+def test_letters_that_no_font_has_are_named():
+    picture, private = Image.new("RGB", (64, 64)), "\U00010ffd"  # in no font: for private use, in the last plane
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        captioned_grid([[picture]], ["Ein Stern, eine Übung, звезда, αστέρι"])  # in the usual one
+    with pytest.warns(UserWarning, match="no font of this system has all letters"):
+        captioned_grid([[picture]], [f"日{chr(0x10A61)}"])  # no font has Chinese and South Arabian
+    assert private not in font_for(f"a {private}")[1]  # not printable: nothing to see
 
 
 def test_a_picture_depends_on_its_prompt_and_seed_alone():
@@ -96,12 +135,19 @@ def test_trajectories(tmp_path):
     sample.main(["a photo of a star", "--trajectory", str(tmp_path / "path.gif"), *out])
     assert Image.open(tmp_path / "path.gif").n_frames == 3  # before each step, and the picture
     sample.main(["a photo of a star", "--trajectory", str(tmp_path / "path.png"), *out])
-    assert Image.open(tmp_path / "path.png").size[0] >= 3 * 64
+    strip = np.asarray(Image.open(tmp_path / "path.png").convert("RGB")).astype(float)
+    assert strip.shape[1] >= 3 * 128
+    # At t = 1 stands noise: as many greys between black and white as a normal has, and neighbours that do not agree.
+    cells = strip[24 + 8 : 24 + 128 : 16, 6 + 8 : 6 + 128 : 16]  # (8, 8, 3): below the label, the middles of 16 pixels
+    assert 25 < cells.std() < 60 and abs(cells.mean() - 127.5) < 25
+    cells = cells - cells.mean((0, 1))
+    for a, b in ((cells[1:], cells[:-1]), (cells[:, 1:], cells[:, :-1])):
+        assert abs((a * b).mean()) < 0.3 * cells.var()
 
 
 def test_a_larger_side_than_trained_on(tmp_path):
     sample.main(["a photo of a star", "--resolution", "96", "--out", str(tmp_path / "large.png"), *FEW])
-    assert Image.open(tmp_path / "large.png").size == (96, 96)
+    assert Image.open(tmp_path / "large.png").size == (192, 192)  # twice
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
@@ -116,6 +162,8 @@ def test_a_larger_side_than_trained_on(tmp_path):
     (["a star", "--out", "grid"], "end it in .png"),
     (["a star", "--trajectory", "path.mp4"], "end it in .png"),
     (["a star", "--teacher", "tests"], "not a Stable Diffusion 3 folder"),
+    (["un caf\udce9"], "'un caf.udce9' is no UTF-8 text"),  # what Python makes of a Latin-1 byte
+    (["a star", "--model", "mod\udce8le"], "is no UTF-8 text"),
 ])  # fmt: skip
 def test_bad_input_ends_in_one_sentence(arguments, sentence, tmp_path):
     with pytest.raises(SystemExit, match=sentence):
@@ -143,6 +191,49 @@ def test_evaluation_of_a_diffusers_pipeline(capsys):
     evaluate.main(["assets/toy-sd3", "--per-family", "1", "--steps", "2", "--no-novel", "--json"])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["val"]["pictures"] == 6 and "novel" not in report
+
+
+def teachers_own_way(prompts, guidance, steps, shift):
+    """The same pictures by our Teacher, on flow.py's times, from the noise that draw_with_diffusers() starts with."""
+    encoders = FrozenEncoders(TOY)
+    text = encode_prompts(prompts, encoders)
+    teacher, ids = Teacher(TOY, text), torch.tensor([text.captions.index(prompt) for prompt in prompts])
+    noise = torch.cat([torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(len(prompts))])
+    latents = step_distill.solve(teacher, noise, torch.ones(len(prompts)), ids, guidance, shift, steps)
+    return np.stack([np.asarray(picture) for picture in sample.decode(encoders, latents)]).astype(int)
+
+
+@pytest.mark.parametrize("guidance", ["0", "0.5", "1", "3"])
+def test_guidance_and_times_mean_the_same_when_diffusers_draws(guidance):
+    """v_empty + guidance * (v_text - v_empty) below 1 as well, at the times of flow.sampling_timesteps."""
+    prompts = ["a photo of a red circle", "a photo of two blue squares"]
+    args = evaluate.parse_arguments([TOY, "--guidance", guidance, "--steps", "5"])
+    theirs = evaluate.draw_with_diffusers(TOY, torch.device("cpu"), args)(prompts, 0)
+    theirs = np.stack([np.asarray(picture) for picture in theirs]).astype(int)
+    assert np.abs(theirs - teachers_own_way(prompts, float(guidance), 5, 3.0)).max() <= 1
+    assert np.abs(theirs - teachers_own_way(prompts, float(guidance) + 0.5, 5, 3.0)).max() > 10
+
+
+@pytest.mark.parametrize("flags", [["--steps", "6"], ["--steps", "3", "--shift", "1.5"]])
+def test_student_and_teacher_visit_the_same_times(flags, monkeypatch):
+    """The student's t in [0, 1], and what diffusers counts to 1000."""
+    seen = {"student": [], "teacher": []}
+    monkeypatch.setattr(SD3Transformer2DModel, "forward", watch(SD3Transformer2DModel.forward, seen["teacher"]))
+    monkeypatch.setattr(UNet, "forward", watch(UNet.forward, seen["student"]))
+    args = evaluate.parse_arguments(["x", "--guidance", "1", "--shift", "3", *flags])
+    for folder, who in (("assets/zoo/fm", evaluate.draw_with_student), (TOY, evaluate.draw_with_diffusers)):
+        who(folder, torch.device("cpu"), args)(["a photo of a star"], 0)
+    assert len(seen["student"]) == args.steps and seen["student"] == pytest.approx([t / 1000 for t in seen["teacher"]])
+
+
+def watch(forward, times):
+    """forward(), which also notes the time that it is asked about."""
+
+    def watched(net, *inputs, **named):
+        times.append(float((named["timestep"] if "timestep" in named else inputs[1])[0]))
+        return forward(net, *inputs, **named)
+
+    return watched
 
 
 def test_the_committed_student_draws_what_it_is_told(capsys):
