@@ -147,7 +147,7 @@ def save_trajectory(times, noisy, clean, path):
     noisy = noisy.float().cpu()
     drawn = noisy[-1].flatten(1)  # (C, h * w)
     directions = torch.linalg.svd(drawn - drawn.mean(1, keepdim=True))[0][:, :3]  # (C, 3)
-    colors = torch.einsum("schw,ck->skhw", noisy - drawn.mean(1)[:, None, None], directions)
+    colors = torch.einsum("schw,ck->skhw", noisy, directions)
     film = path.lower().endswith(".gif")
     clean = [enlarge(picture, 256 if film else 128) for picture in clean]
     noisy = [x.resize(clean[0].size, Image.Resampling.NEAREST) for x in to_pictures(colors / 3)]  # noise is within +-3

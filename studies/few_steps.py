@@ -80,7 +80,7 @@ def compare(args):
     save_atomically(grid.save, args.out / "compare.png")
     scores = {kind: score(pictures, prompts) for kind, pictures in columns.items()}
     print(f"mini-GenEval of {len(prompts)} pictures, chance {scores['ours 4']['chance']:.3f}; seconds a picture in the UNet,"
-          f" {min(BATCH, len(prompts))} at once; {describe_machine(noise.device)}")  # fmt: skip
+          f" {min(BATCH, len(prompts))} at once, {', '.join(describe_machine(noise.device).values())}")  # fmt: skip
     print(f"{'steps':14}{'score':>7}   {'95 % interval':16}{'seconds':>8}")
     for kind, result in scores.items():
         low, high = result["interval"]

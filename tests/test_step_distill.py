@@ -463,7 +463,12 @@ def test_figures_and_ablation(home, finished, capsys, monkeypatch):
     monkeypatch.setattr(few_steps, "load_students", lambda folders, args: seen.extend(folders) or load(folders, args))
     few_steps.main([*SMALL, "--compare", str(finished), "--out", "runs/figures"])
     assert seen == [str(finished), load_student(finished)[1]["settings"]["init"]]  # beside what it began as
-    assert (home / "runs/figures/compare.png").is_file() and "times as fast" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (home / "runs/figures/compare.png").is_file() and "times as fast" in said and "{" not in said
+    scores = json.loads((home / "runs/figures/compare.json").read_text())["scores"]
+    assert [*scores] == ["teacher 28", "before 28", "before 4", "ours 8", "ours 4", "ours 2", "ours 1"]
+    for kind, result in scores.items():
+        assert result["pictures"] == 2 and f"{kind:14}{result['overall']:7.3f}" in said
     rows = ["distillation only", "and wrong captions"]
     arguments = [*SMALL, "--ablate", "--rows", *rows, "--steps", "1", "--seeds", "1", "--per-family", "1", "--out", "runs/ablation"]
     few_steps.main(arguments)
