@@ -241,28 +241,28 @@ def likeness(pictures, draw, args, device):
 
 
 def draw_with_diffusers(folder, device, args):
-    """diffusers' own StableDiffusion3Pipeline as a function prompts -> pictures: its networks, its loop, its noise.
+    """diffusers' own StableDiffusion3Pipeline as a function prompts -> pictures: its networks, loop and noise.
 
-    Two of its habits would make it another experiment than a student's: so times and guidance are those of flow.py.
+    Two of its habits would make it another experiment than a student's: times and guidance are flow.py's.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline  # seconds to import
 
     class Pipeline(StableDiffusion3Pipeline):
-        """Guides at every scale but 1. diffusers guides above 1 alone, and draws with 0 and 0.5 as it does with 1."""
+        """Guides at every scale but 1. diffusers guides above 1 alone: with 0 and 0.5 it draws as with 1."""
 
         do_classifier_free_guidance = property(lambda self: self.guidance_scale != 1)
 
     if args.guidance_interval or args.decoder:
-        raise SystemExit("a diffusers pipeline has a decoder of its own, and always guides: leave out --decoder and "
-                         "--guidance-interval.")  # fmt: skip
+        raise SystemExit("a diffusers pipeline has its own decoder, and guides at all times: leave out --decoder "
+                         "and --guidance-interval.")  # fmt: skip
     try:
         pipe = Pipeline.from_pretrained(folder, dtype=torch.float32).to(device)
     except Exception as error:  # each library has its own for a damaged file
         raise SystemExit(f"diffusers cannot load {folder}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
-    # Left alone, the scheduler of diffusers 0.42 spaces its times evenly between shift_timesteps(1) and
-    # shift_timesteps(1/1000), and shifts them once more: with a shift of 3, the last of 28 steps begins at t = 0.009,
-    # a student's at 0.1. One that shifts nothing visits the times that it is given.
+    # Left alone, the scheduler of diffusers 0.42 shifts twice: it spaces its times evenly between shifted ends,
+    # shift_timesteps(1) and shift_timesteps(1/1000), and shifts them again. With a shift of 3 the last of 28 steps
+    # begins at t = 0.009, a student's at 0.1. One that shifts nothing visits the times that it is given.
     steps, shift = args.steps or 28, args.shift or pipe.scheduler.config.shift
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     times = flow.sampling_timesteps(steps, shift)[:-1].tolist()  # it adds the 0 itself
@@ -273,8 +273,8 @@ def draw_with_diffusers(folder, device, args):
         for start in range(0, len(prompts), 50):
             some = prompts[start : start + 50]
             generators = [torch.Generator().manual_seed(seed * 100_003 + start + i) for i in range(len(some))]
-            drawn = pipe(some, num_inference_steps=steps, sigmas=times, guidance_scale=guidance, generator=generators)
-            pictures += drawn.images
+            pictures += pipe(some, num_inference_steps=steps, sigmas=times, guidance_scale=guidance,
+                             generator=generators).images  # fmt: skip
             print(f"\rdrew {len(pictures)} of {len(prompts)}", end="", flush=True)
         print()
         return pictures

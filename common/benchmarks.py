@@ -27,8 +27,8 @@ GRID = 4  # pictures a prompt in DPG-Bench
 
 
 def read_prompts(path):
-    """The non-empty lines of a text file, with or without a byte order mark. Only "\\n" and "\\r\\n" end a line: a prompt
-    may hold what str.splitlines() cuts at as well, such as U+2028."""
+    """The lines of a text file that are not empty; a byte order mark is no part of them. Only "\\n" and "\\r\\n" end a line:
+    a prompt may hold what str.splitlines() cuts at as well, such as U+2028."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -54,7 +54,8 @@ def read_what(path):
             for prompt in prompts:
                 prompt.encode()  # JSON can hold half a surrogate pair, "\\ud83d", which no tokenizer takes
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise SystemExit(f"{path} is no evaluation_metadata.jsonl: each line needs a prompt ({error!r}).") from error
+            problem = f"{path} is no evaluation_metadata.jsonl: each line needs a prompt ({error!r})."
+            raise SystemExit(problem) from error
         return "geneval", prompts, lines
     synsets = [re.fullmatch(r"n\d{8}\s+(.*)", line) for line in lines]
     if all(synsets):  # the captions that training saw
@@ -77,10 +78,10 @@ def plan(what, n, seed):
 
 
 def draw_files(draw, what, n, seed, batch, settings, out, npz=None):
-    """Draw every prompt of `what` into the folder `out`, in the layout that plan() finds for it. What is there stays.
+    """Draw every prompt of `what` into the folder `out`, in the layout that plan() finds. What is there stays.
 
-    Args: draw, a function (prompts, seeds) -> pictures; batch, how many are drawn before they are saved; settings,
-    what else the pictures depend on: a folder with other settings is refused; npz, a file for write_npz() or None.
+    Args: draw, a function (prompts, seeds) -> pictures; batch, how many are drawn before they are saved;
+    settings, what else the pictures depend on: a folder with other settings is refused; npz, a file or None.
     """
     layout, pictures, names = plan(what, n, seed)
     settings = {**settings, "captions": hash_folders([Path(what).absolute()])}
@@ -88,12 +89,14 @@ def draw_files(draw, what, n, seed, batch, settings, out, npz=None):
         path = out / "settings.json"
         if path.is_file() and (old := json.loads(path.read_text())) != settings:
             changed = [f"{k} was {old.get(k)}, is {v}" for k, v in settings.items() if old.get(k) != v]
-            raise SystemExit(f"{out} holds other pictures: {'; '.join(changed)}. Give another --out, or delete it.")
+            told = "; ".join(changed)
+            raise SystemExit(f"{out} holds other pictures: {told}. Give another --out, or delete it.")
         if parallel.rank() == 0:
             save_json(settings, path)
     mine = pictures[parallel.rank() :: parallel.world()]
     todo = [(out / path, prompt, seed) for path, prompt, seed in mine if not (out / path).is_file()]
-    bar = tqdm(total=len(todo), desc="drawing", unit=" pictures", disable=None if parallel.rank() == 0 else True)
+    quiet = None if parallel.rank() == 0 else True
+    bar = tqdm(total=len(todo), desc="drawing", unit=" pictures", disable=quiet)
     for start in range(0, len(todo), batch):
         paths, prompts, seeds = zip(*todo[start : start + batch], strict=True)
         for path, picture in zip(paths, draw(prompts, seeds), strict=True):
@@ -143,8 +146,8 @@ def write_folder(out, pictures, captions):
 
 
 def write_npz(out, pictures, path):
-    """All pictures as ADM's evaluator reads them: arr_0, (N, H, W, 3) uint8, in a fixed random order: its Inception Score
-    is the mean over blocks of 5,000 pictures, and in a block of 100 classes it would be far too low."""
+    """All pictures as ADM's evaluator reads them: arr_0, (N, H, W, 3) uint8, in a fixed random order: its
+    Inception Score is the mean over blocks of 5,000 pictures, and far too low in a block of 100 classes."""
     first = np.asarray(Image.open(out / pictures[0][0]))
     arr = np.empty((len(pictures), *first.shape), dtype=np.uint8)
     order = np.random.default_rng(0).permutation(len(pictures))

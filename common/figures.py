@@ -67,14 +67,15 @@ def stack(rows):
 
 
 def enlarge(picture, side=256):
-    """Small pictures for large screens: as often as the shorter side goes into `side`, each pixel becoming a square.
-    So nothing is invented, and reduce() by the same factor gives the true pixels back."""
-    return picture.resize([max(1, side // min(picture.size)) * n for n in picture.size], Image.Resampling.NEAREST)
+    """Small pictures for large screens: as often as the shorter side goes into `side`, each pixel a square. So
+    nothing is invented, and reduce() by the same factor gives the true pixels back."""
+    factor = max(1, side // min(picture.size))
+    return picture.resize([factor * n for n in picture.size], Image.Resampling.NEAREST)
 
 
 def font_for(text, size=12):
-    """(font, letters it lacks): DejaVu Sans, which matplotlib brings along; or the first of the system's fonts that
-    has every letter of the text, if there is one."""
+    """(font, letters it lacks): DejaVu Sans, which matplotlib brings along; or the first of the system's fonts
+    that has every letter of the text, if there is one."""
     from matplotlib import font_manager
 
     letters = {letter for letter in text if letter.isprintable() and not letter.isspace()}
@@ -88,14 +89,15 @@ def font_for(text, size=12):
         return {letter for letter in letters if ord(letter) not in charmap}
 
     usual = font_manager.findfont("DejaVu Sans")
-    others = sorted({f.fname for f in font_manager.fontManager.ttflist if "Last Resort" not in f.name})  # that: boxes
+    fonts = font_manager.fontManager.ttflist
+    others = sorted({font.fname for font in fonts if "Last Resort" not in font.name})  # that: boxes
     best = next((path for path in [usual, *others] if not lacks(path)), usual)
     return ImageFont.truetype(best, size), "".join(sorted(lacks(best)))
 
 
 def wrap(text, font, width, most=3):
-    """At most `most` lines of the text, none wider than `width` pixels; "..." where the rest is left out. A word that
-    is too wide is cut, as are scripts that have no spaces."""
+    """At most `most` lines of the text, none wider than `width` pixels; "..." where the rest is left out. A word
+    that is too wide is cut, as are scripts that have no spaces."""
     lines = [""]
     for word in text.split():
         for k, piece in enumerate([word] if font.getlength(word) <= width else word):
@@ -115,7 +117,7 @@ def wrap(text, font, width, most=3):
 
 
 def captioned_grid(rows, captions, scale=1):
-    """A picture of rows of equally large pictures, each row under its caption. Captions are no wider than the grid."""
+    """A picture of rows of equally large pictures, each row under its caption, which is no wider than the grid."""
     width, height = (side * scale for side in rows[0][0].size)
     whole = max(len(row) for row in rows) * (width + 4) + 8
     line, labels, lacking = 16, [], set()
@@ -124,8 +126,8 @@ def captioned_grid(rows, captions, scale=1):
         labels.append((font, wrap(caption, font, whole - 12)))
         lacking |= {*missing}
     if lacking:
-        warnings.warn(f"no font of this system has all letters of the labels: boxes stand for {''.join(sorted(lacking))}"
-                      " (the pictures are as they should be)", stacklevel=2)  # fmt: skip
+        boxes = "".join(sorted(lacking))
+        warnings.warn(f"no font of this system has all letters of the labels: boxes stand for {boxes}", stacklevel=2)
     tops = list(itertools.accumulate((line * len(lines) + height + 10 for _, lines in labels), initial=4))
     grid = Image.new("RGB", (whole, tops[-1] + 2), "white")
     pen = ImageDraw.Draw(grid)
@@ -139,10 +141,10 @@ def captioned_grid(rows, captions, scale=1):
 
 
 def save_trajectory(times, noisy, clean, path):
-    """A denoising as a film (.gif) or a strip: x_t (S, C, h, w) of S times beside the S pictures of the predicted x_0.
+    """A denoising as a film (.gif) or a strip: x_t (S, C, h, w) of S times, S pictures of the predicted x_0.
 
-    x_t is shown as it is, a cell a square: decoded, noise would look like some strange picture. Red, green and blue
-    are the three directions in which the last x_t, the drawn one, varies most.
+    x_t is shown as it is, a cell a square: decoded, noise would look like some strange picture. Red, green and
+    blue are the three directions in which the last x_t, the drawn one, varies most.
     """
     noisy = noisy.float().cpu()
     drawn = noisy[-1].flatten(1)  # (C, h * w)
@@ -150,7 +152,8 @@ def save_trajectory(times, noisy, clean, path):
     colors = torch.einsum("schw,ck->skhw", noisy, directions)
     film = path.lower().endswith(".gif")
     clean = [enlarge(picture, 256 if film else 128) for picture in clean]
-    noisy = [x.resize(clean[0].size, Image.Resampling.NEAREST) for x in to_pictures(colors / 3)]  # noise is within +-3
+    noisy = to_pictures(colors / 3)  # noise is within -3 and 3
+    noisy = [x.resize(clean[0].size, Image.Resampling.NEAREST) for x in noisy]
     if not film:
         labels = ["x_t: three directions in the latent as red, green, blue", "predicted x_0"]
         save_atomically(captioned_grid([noisy, clean], labels).save, path)

@@ -1,7 +1,7 @@
 """Stage 3 under the lens: how many steps are enough, what each loss gives, and what it saves.
 
-    python -m studies.few_steps --compare assets/zoo/step_distill       # teacher | before: 28, 4 | after: 8, 4, 2, 1; scores, times
-    python -m studies.few_steps --ablate --steps 300 --seeds 2          # either loss alone, both, and D taught in other ways
+    python -m studies.few_steps --compare assets/zoo/step_distill  # teacher | before: 28, 4 | after: 8, 4, 2, 1
+    python -m studies.few_steps --ablate --steps 300 --seeds 2     # either loss alone, both, D taught otherwise
 """
 
 import time
@@ -47,9 +47,9 @@ OWN = ("ablate", "compare", "before", "rows", "seeds", "per_family")  # flags th
 
 @torch.no_grad()
 def compare(args):
-    """Teacher with 28 steps | the student before with 28 and with 4 | ours with 8, 4, 2, 1: compare.png of some prompts,
-    mini-GenEval of --per-family prompts each, and what a picture takes in the UNet: the best of the batches, each of
-    which every column draws in turn.
+    """Teacher with 28 steps | the student before with 28 and with 4 | ours with 8, 4, 2, 1: compare.png of some
+    prompts, mini-GenEval of --per-family prompts a family, and what a picture takes in the UNet: the best of the
+    batches, each of which every column draws in turn.
     """
     ((ours, config),), encoders = load_students([args.compare], args)
     folder = args.before or config["settings"].get("init") or "assets/zoo/distill"
@@ -65,7 +65,8 @@ def compare(args):
     for some in torch.arange(len(prompts)).split(BATCH):
         captions = [prompts[i] for i in some]
         for kind, (model, steps, guidance) in kinds.items():
-            text, empty = (encoders.student_text(c, model.cfg.text_dim) for c in (captions, [""] * len(captions)))
+            text = encoders.student_text(captions, model.cfg.text_dim)
+            empty = encoders.student_text([""] * len(captions), model.cfg.text_dim)
             start = time.perf_counter()
             with autocast(noise.device):
                 latents = flow.euler_sample(model, noise[some], text, empty, steps, guidance, shift)
@@ -79,12 +80,15 @@ def compare(args):
     grid = captioned_grid(rows, [f"{prompts[i]}: {' | '.join(columns)}" for i in shown], scale=2)
     save_atomically(grid.save, args.out / "compare.png")
     scores = {kind: score(pictures, prompts) for kind, pictures in columns.items()}
-    print(f"mini-GenEval of {len(prompts)} pictures, chance {scores['ours 4']['chance']:.3f}; seconds a picture in the UNet,"
-          f" {min(BATCH, len(prompts))} at once, {', '.join(describe_machine(noise.device).values())}")  # fmt: skip
+    print(f"mini-GenEval of {len(prompts)} pictures, chance {scores['ours 4']['chance']:.3f}; seconds a picture in "
+          f"the UNet, {min(BATCH, len(prompts))} at once")
+    print(", ".join(describe_machine(noise.device).values()))
     print(f"{'steps':14}{'score':>7}   {'95 % interval':16}{'seconds':>8}")
     for kind, result in scores.items():
         low, high = result["interval"]
-        speed = f"{seconds[kind]:8.3f}, {seconds['before 28'] / seconds[kind]:.1f} times as fast" if kind in seconds else ""
+        speed = ""  # the teacher's is another network, and it is not timed
+        if kind in seconds:
+            speed = f"{seconds[kind]:8.3f}, {seconds['before 28'] / seconds[kind]:.1f} times as fast as before"
         print(f"{kind:14}{result['overall']:7.3f}   {f'{low:.3f} to {high:.3f}':16}{speed}")
     save_json({"scores": scores, "seconds": seconds}, args.out / "compare.json")
     print(f"wrote {args.out}/compare.png, compare.json")

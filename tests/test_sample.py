@@ -75,6 +75,8 @@ def test_letters_that_no_font_has_are_named():
     with pytest.warns(UserWarning, match="no font of this system has all letters"):
         captioned_grid([[picture]], [f"日{chr(0x10A61)}"])  # no font has Chinese and South Arabian
     assert private not in font_for(f"a {private}")[1]  # not printable: nothing to see
+    font, lacks = font_for("a script ℊ")  # not in DejaVu Sans, but in STIX, which matplotlib brings along
+    assert not lacks and font.getname()[0] != "DejaVu Sans" == font_for("a star")[0].getname()[0]
 
 
 def test_a_picture_depends_on_its_prompt_and_seed_alone():
