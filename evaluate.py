@@ -240,7 +240,7 @@ def likeness(pictures, draw, args, device):
 # Who draws
 
 
-def draw_with_diffusers(folder, device, args):
+def draw_with_diffusers(folder, device, steps=None, guidance=None, shift=None):
     """diffusers' own StableDiffusion3Pipeline as a function prompts -> pictures: its networks, loop and noise.
 
     Two of its habits would make it another experiment than a student's: times and guidance are flow.py's.
@@ -252,9 +252,6 @@ def draw_with_diffusers(folder, device, args):
 
         do_classifier_free_guidance = property(lambda self: self.guidance_scale != 1)
 
-    if args.guidance_interval or args.decoder:
-        raise SystemExit("a diffusers pipeline has its own decoder, and guides at all times: leave out --decoder "
-                         "and --guidance-interval.")  # fmt: skip
     try:
         pipe = Pipeline.from_pretrained(folder, dtype=torch.float32).to(device)
     except Exception as error:  # each library has its own for a damaged file
@@ -263,10 +260,10 @@ def draw_with_diffusers(folder, device, args):
     # Left alone, the scheduler of diffusers 0.42 shifts twice: it spaces its times evenly between shifted ends,
     # shift_timesteps(1) and shift_timesteps(1/1000), and shifts them again. With a shift of 3 the last of 28 steps
     # begins at t = 0.009, a student's at 0.1. One that shifts nothing visits the times that it is given.
-    steps, shift = args.steps or 28, args.shift or pipe.scheduler.config.shift
+    steps, shift = steps or 28, shift or pipe.scheduler.config.shift
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     times = flow.sampling_timesteps(steps, shift)[:-1].tolist()  # it adds the 0 itself
-    guidance = 3.0 if args.guidance is None else args.guidance
+    guidance = 3.0 if guidance is None else guidance
 
     def draw(prompts, seed):
         pictures = []
@@ -282,14 +279,14 @@ def draw_with_diffusers(folder, device, args):
     return draw
 
 
-def draw_with_student(folder, device, args):
-    """A student folder as a function prompts -> pictures."""
-    model, config, encoders, decoder = load(folder, device, args.teacher, args.decoder)
+def draw_with_student(folder, device, steps=None, guidance=None, shift=None, interval=None, teacher=None, decoder=None):
+    """A student folder as a function prompts -> pictures: the arguments are sample.py's flags."""
+    model, config, encoders, decoder = load(folder, device, teacher, decoder)
 
     def draw(prompts, seed):
         seeds = [seed * 100_003 + i for i in range(len(prompts))]
-        return draw_pictures(model, config, encoders, prompts, seeds, args.steps, args.guidance, args.shift,
-                             decoder=decoder, interval=args.guidance_interval)  # fmt: skip
+        return draw_pictures(model, config, encoders, prompts, seeds, steps, guidance, shift, decoder=decoder,
+                             interval=interval)  # fmt: skip
 
     return draw
 
@@ -331,8 +328,14 @@ def main(argv=None):
             print(json.dumps(report))
         return
     if (target / "model_index.json").is_file() or (target / "model.safetensors").is_file():
-        who = draw_with_diffusers if (target / "model_index.json").is_file() else draw_with_student
-        draw = who(target, device, args)
+        how = args.steps, args.guidance, args.shift
+        if (target / "model_index.json").is_file():
+            if args.guidance_interval or args.decoder:
+                raise SystemExit("a diffusers pipeline has its own decoder, and guides at all times: leave out "
+                                 "--decoder and --guidance-interval.")  # fmt: skip
+            draw = draw_with_diffusers(target, device, *how)
+        else:
+            draw = draw_with_student(target, device, *how, args.guidance_interval, args.teacher, args.decoder)
         for split in ("val",) if args.no_novel else ("val", "novel"):
             prompts = prompts_of(split, args.per_family, args.seed)
             pictures = draw(prompts, args.seed + (split == "novel"))

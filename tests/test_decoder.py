@@ -201,7 +201,7 @@ def test_a_run_leaves_a_decoder_that_sample_uses(finished, tmp_path):
     rows = (finished / "log.csv").read_text().splitlines()
     assert {"mse", "perceptual", "gan_weight", "d_real", "d_fake", "val_psnr"} <= set(rows[0].split(","))
     assert "nan" not in rows[2].split(",")
-    sample.main(["a photo of a star", "--steps", "2", "--decoder", str(finished), "--out", str(tmp_path / "a.png")])
+    sample.main(["a photo of a star", "--steps", "2", "--decoder", str(finished), "--true-size", "--out", str(tmp_path / "a.png")])
     assert Image.open(tmp_path / "a.png").size == (64, 64)
 
 

@@ -319,7 +319,8 @@ def test_the_same_noise_is_that_of_sample_py():
     seen = Page(Path("page.html").read_text(encoding="utf-8"))
     shown = {alt: picture for picture, alt in pictures(seen)}
     assert len(shown) == len(PROMPTS) and "runs/bad was not drawn:" in seen.sections["the-same-noise"]
-    sample.main([PROMPTS[3], "--model", "assets/zoo/step_distill", "--seed", "3", "--device", "cpu", "--out", "one.png"])
+    model = ["--model", "assets/zoo/step_distill", "--device", "cpu"]
+    sample.main([PROMPTS[3], *model, "--seed", "3", "--true-size", "--out", "one.png"])
     on_page = shown[f"assets/zoo/step_distill: {PROMPTS[3]}"].convert("RGB")
     difference = ImageChops.difference(on_page, Image.open("one.png").convert("RGB"))
     assert max(high for _, high in difference.getextrema()) <= 2

@@ -205,27 +205,25 @@ def teachers_own_way(prompts, guidance, steps, shift):
     return np.stack([np.asarray(picture) for picture in sample.decode(encoders, latents)]).astype(int)
 
 
-@pytest.mark.parametrize("guidance", ["0", "0.5", "1", "3"])
+@pytest.mark.parametrize("guidance", [0, 0.5, 1, 3])
 def test_guidance_and_times_mean_the_same_when_diffusers_draws(guidance):
     """v_empty + guidance * (v_text - v_empty) below 1 as well, at the times of flow.sampling_timesteps."""
     prompts = ["a photo of a red circle", "a photo of two blue squares"]
-    args = evaluate.parse_arguments([TOY, "--guidance", guidance, "--steps", "5"])
-    theirs = evaluate.draw_with_diffusers(TOY, torch.device("cpu"), args)(prompts, 0)
+    theirs = evaluate.draw_with_diffusers(TOY, torch.device("cpu"), steps=5, guidance=guidance)(prompts, 0)
     theirs = np.stack([np.asarray(picture) for picture in theirs]).astype(int)
-    assert np.abs(theirs - teachers_own_way(prompts, float(guidance), 5, 3.0)).max() <= 1
-    assert np.abs(theirs - teachers_own_way(prompts, float(guidance) + 0.5, 5, 3.0)).max() > 10
+    assert np.abs(theirs - teachers_own_way(prompts, guidance, 5, 3.0)).max() <= 1
+    assert np.abs(theirs - teachers_own_way(prompts, guidance + 0.5, 5, 3.0)).max() > 10
 
 
-@pytest.mark.parametrize("flags", [["--steps", "6"], ["--steps", "3", "--shift", "1.5"]])
-def test_student_and_teacher_visit_the_same_times(flags, monkeypatch):
+@pytest.mark.parametrize(("steps", "shift"), [(6, 3.0), (3, 1.5)])
+def test_student_and_teacher_visit_the_same_times(steps, shift, monkeypatch):
     """The student's t in [0, 1], and what diffusers counts to 1000."""
     seen = {"student": [], "teacher": []}
     monkeypatch.setattr(SD3Transformer2DModel, "forward", watch(SD3Transformer2DModel.forward, seen["teacher"]))
     monkeypatch.setattr(UNet, "forward", watch(UNet.forward, seen["student"]))
-    args = evaluate.parse_arguments(["x", "--guidance", "1", "--shift", "3", *flags])
     for folder, who in (("assets/zoo/fm", evaluate.draw_with_student), (TOY, evaluate.draw_with_diffusers)):
-        who(folder, torch.device("cpu"), args)(["a photo of a star"], 0)
-    assert len(seen["student"]) == args.steps and seen["student"] == pytest.approx([t / 1000 for t in seen["teacher"]])
+        who(folder, torch.device("cpu"), steps, 1.0, shift)(["a photo of a star"], 0)
+    assert len(seen["student"]) == steps and seen["student"] == pytest.approx([t / 1000 for t in seen["teacher"]])
 
 
 def watch(forward, times):

@@ -331,7 +331,7 @@ def test_all_stages_train_on_shards_with_gemma(home, tars, gemma, monkeypatch):
     train_fm.main([*common, "--gemma", str(gemma), "--out", "runs/g1", "--checkpointing", "--accumulate", "2"])
     distill.main([*common, "--init", "runs/g1", "--out", "runs/g2", "--checkpointing", "--accumulate", "2"])
     step_distill.main([*common, "--init", "runs/g2", "--out", "runs/g3", "--checkpointing", "--accumulate", "2"])
-    sample.main(["a photo of a red circle", "--model", "runs/g3", "--out", "runs/g3.png", "--device", "cpu"])
+    sample.main(["a photo of a red circle", "--model", "runs/g3", "--true-size", "--out", "runs/g3.png", "--device", "cpu"])
     assert Image.open("runs/g3.png").size == (64, 64)
     # T5's states for a batch are those that Teacher computes once and for all when the captions fit in memory
     encoders = FrozenEncoders(folder, gemma=gemma)
