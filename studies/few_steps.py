@@ -75,7 +75,7 @@ def compare(args):
             seconds[kind] = min(seconds.get(kind, took), took)
             columns.setdefault(kind, []).extend(decode(encoders, latents))
 
-    shown = [i for i in range(len(prompts)) if i % args.per_family < 2]  # two of each family
+    shown = [i for i in range(len(prompts)) if i % args.per_family in (0, args.per_family // 2)]  # two a family
     rows = [[column[i] for column in columns.values()] for i in shown]
     grid = captioned_grid(rows, [f"{prompts[i]}: {' | '.join(columns)}" for i in shown], scale=2)
     save_atomically(grid.save, args.out / "compare.png")
