@@ -22,6 +22,7 @@ from tqdm import tqdm
 from common import parallel
 from common.checkpoint import save_atomically, save_json
 from common.encoders import hash_folders
+from common.sources import class_names, lines_of
 
 GRID = 4  # pictures a prompt in DPG-Bench
 
@@ -33,7 +34,7 @@ def read_prompts(path):
         text = Path(path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise SystemExit(f"cannot read prompts from {path}: {error}") from error
-    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    prompts = [line.strip() for line in lines_of(text) if line.strip()]
     if not prompts:
         raise SystemExit(f"{path} holds no prompt: write one a line.")
     return prompts
@@ -57,9 +58,8 @@ def read_what(path):
             problem = f"{path} is no evaluation_metadata.jsonl: each line needs a prompt ({error!r})."
             raise SystemExit(problem) from error
         return "geneval", prompts, lines
-    synsets = [re.fullmatch(r"n\d{8}\s+(.*)", line) for line in lines]
-    if all(synsets):  # the captions that training saw
-        return "folder", [f"a photo of {match[1].split(',')[0].strip()}" for match in synsets], None
+    if all(re.match(r"n\d{8}\s+\S", line) for line in lines):  # ImageNet: the captions that training saw
+        return "folder", [f"a photo of {name}" for name in class_names(lines).values()], None
     return "folder", lines, None
 
 

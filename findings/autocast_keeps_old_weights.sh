@@ -40,7 +40,7 @@ print(f"losses, and another, enabled=False, around the loop: {disabled}")
 print(f"losses, and another, cache_enabled=False:            {uncached}")
 print("where: aten/src/ATen/autocast_mode.cpp, cached_cast: the cast of a float32 leaf that requires a gradient is")
 print("kept, whatever becomes of the weight. torch/amp/autocast_mode.py, autocast.__exit__, drops what is kept when")
-print("the outermost block ends, and counts blocks that are disabled; cache_enabled holds for the innermost block.")
+print("the outermost block ends, and counts disabled ones. cache_enabled=False keeps nothing; inner blocks inherit it.")
 assert anew[-1] < 0.3 * anew[0], "the loop does not learn at all"
 assert len(set(once)) == len(set(disabled)) == 1, "it has changed: the loop in one block learns"
 PY

@@ -16,6 +16,7 @@ import evaluate
 import sample
 from common import benchmarks
 from common.shapes import ShapesWorld
+from common.sources import class_names
 
 pytestmark = pytest.mark.usefixtures("at_home")
 ROOT = Path(__file__).parent.parent
@@ -111,8 +112,11 @@ def test_lines_of_a_prompt_file(tmp_path):
     lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
     (tmp_path / "evaluation_metadata.jsonl").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
     assert benchmarks.read_what(tmp_path / "evaluation_metadata.jsonl") == ("geneval", prompts, lines)
-    (tmp_path / "LOC_synset_mapping.txt").write_text("\ufeffn01440764 tench, Tinca tinca\nn01443537 goldfish\n", "utf-8")
-    assert benchmarks.read_what(tmp_path / "LOC_synset_mapping.txt")[1] == ["a photo of tench", "a photo of goldfish"]
+    classes = "\ufeffn01440764 tench, Tinca tinca\nn02012849 crane\nn03126707 crane\n"
+    (tmp_path / "LOC_synset_mapping.txt").write_text(classes, encoding="utf-8")
+    names = [text.removeprefix("a photo of ") for text in benchmarks.read_what(tmp_path / "LOC_synset_mapping.txt")[1]]
+    assert names == [*class_names(classes.removeprefix("\ufeff").splitlines()).values()]  # as training has them
+    assert names[0] == "tench" and "crane" in names[1] and names[1] != names[2]
 
 
 def test_bad_prompts_end_in_one_sentence(tmp_path):
