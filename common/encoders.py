@@ -183,7 +183,7 @@ class FrozenEncoders(FrozenAutoencoder):
                 cut = [caption for caption in full if len(tokenizer(caption).input_ids) > self.max_tokens]
                 if cut:
                     warnings.warn(
-                        f"{len(cut)} captions cut to {self.max_tokens} tokens, such as {cut[0]!r}", stacklevel=2
+                        f"{len(cut)} captions cut to {self.max_tokens} tokens, such as {cut[0][:60]!r}", stacklevel=2
                     )
             out = encoder(tokens.input_ids.to(self.device), output_hidden_states=True)
             states.append(out.hidden_states[-2].float())
