@@ -28,23 +28,85 @@ and the density of unshifted times; |L^t| is a running mean for each fifth of t;
 where things will be; the teacher's are normalised; the shape of phi; --weighting linear and its weights.
 """
 
+import copy
+import math
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
-from common import arguments, parallel
+from common import arguments, parallel, training
 from common.arguments import integer, real
-from common.device import autocast, matmul_dtype
+from common.checkpoint import check_encoders, latest, load_state, load_student, save_network, save_state, state_settings
+from common.device import (
+    autocast,
+    describe_machine,
+    half,
+    matmul_dtype,
+    move,
+    multiply_in_bfloat16,
+    pick_device,
+    student_dtype,
+    take,
+)
+from common.encoders import FrozenEncoders
 from common.figures import curves
-from common.run import Run
-from common.training import update_ema
+from common.training import (
+    Log,
+    Means,
+    ahead,
+    clip_gradients,
+    learning_rate,
+    make_optimizers,
+    noisy_batch,
+    predict,
+    update_ema,
+    validate,
+)
 from data import open_data, sample_prompts
+from model import PRESETS, UNet
 from sample import draw_pictures
 from teacher import Teacher
-from train_fm import make_optimizers, noisy_batch, predict, sampling_settings, timestep_shift, validate
 
 LR = 3e-3, 1e-4  # at class scale, at the paper's sizes [A]
 WEIGHTING = "linear", "scaled"  # likewise
+WARMUP, EVERY = 200, 50  # as in stage 1
+
+
+def make_parser(doc=__doc__, example="python distill.py --init runs/fm --steps 1000 --out runs/mine"):
+    p = arguments.Parser(doc, example)
+    # the student, the teacher, data
+    p.add_argument("--size", choices=PRESETS, default="tiny", help="the UNet: class scale, or one of the paper's two")
+    p.add_argument("--init", metavar="DIR", help="the student of stage 1 to start from; default: runs/fm, or else the zoo's")
+    p.add_argument("--teacher", metavar="DIR", default="assets/toy-sd3", help="SD3 folder: encoders and transformer")
+    arguments.add_data(p)
+    # losses
+    p.add_argument("--losses", choices=("task", "task+out", "task+out+feat"), default="task+out+feat", help="which levels")
+    p.add_argument("--weighting", choices=("scaled", "linear"),
+                   help="timestep-aware, or fixed weights; default: linear for --size tiny, scaled for the paper's")  # fmt: skip
+    p.add_argument("--task-weight", type=real(0, 1), default=1.0, help="with --weighting scaled: a_t at most; 0: the teacher alone")
+    p.add_argument("--out-weight", type=real(0), default=100.0, help="weight of L_kd with --weighting linear")
+    p.add_argument("--feat-weight", type=real(0), default=25.0, help="weight of L_feat with --weighting linear")
+    p.add_argument("--student-layer", default="up.1.layers.0", help="UNet layer whose output is f_theta; up.2.layers.2 is the last")
+    p.add_argument("--teacher-layer", type=integer(), help="joint block whose tokens are f_T; default: the middle; -1: the last")
+    p.add_argument("--teacher-guidance", type=real(0), default=1.0, help="guidance of the teacher's velocity; 1: none")
+    # training and the run
+    arguments.add_training(p, steps=2500, batch=64, lr=LR, seed="seed of phi, noise, timesteps and the data's order")
+    arguments.add_run(p, out="runs/distill", save_every=500)
+    return p
+
+
+def parse_arguments(argv=None):
+    args = arguments.by_size(make_parser().parse_args(argv), lr=LR, weighting=WEIGHTING)
+    if args.weighting == "linear" and args.task_weight != 1:
+        raise SystemExit("--task-weight is the most that a_t may be, and --weighting linear has no a_t: add --weighting scaled.")
+    return args
+
 
 # ------------------------------------------------------------------------------------------------------------------
 # Timestep-aware scaling: half a page
@@ -104,14 +166,15 @@ def scaled(task, kd, t, ratio, most=1.0):
     return a * task + (1 - a) * ratio * kd
 
 
-def combine(losses, t, ratios, args):
-    """The training loss of each picture, (B,), from {"task": (B,), "out": (B,), "feat": (B,)}; the teacher's may be missing."""
+def combine(losses, t, ratios, weighting, weights, most=1.0):
+    """The training loss of each picture, (B,), from {"task": (B,), "out": (B,), "feat": (B,)}; the teacher's may be missing.
+    weights: {"out": ..., "feat": ...}, for weighting "linear"; most: of a_t, for "scaled"."""
     task, levels = losses["task"], [name for name in ("out", "feat") if name in losses]
     if not levels:
         return task
-    if args.weighting == "scaled":  # L = S(L_task, L_kd) + S(L_task, L_feat)
-        return sum(scaled(task, losses[name], t, ratios[name](t), args.task_weight) for name in levels)
-    return task + sum(getattr(args, f"{name}_weight") * losses[name] for name in levels)
+    if weighting == "scaled":  # L = S(L_task, L_kd) + S(L_task, L_feat)
+        return sum(scaled(task, losses[name], t, ratios[name](t), most) for name in levels)
+    return task + sum(weights[name] * losses[name] for name in levels)
 
 
 class Projector(nn.Module):
@@ -137,12 +200,12 @@ def normalized(feature):
     return F.layer_norm(feature.movedim(1, -1), feature.shape[1:2]).movedim(-1, 1)
 
 
-def make_projector(args, student, teacher, side):
-    """phi from --student-layer to --teacher-layer, for latents of this side. Raises SystemExit if there is no such layer."""
+def make_projector(student, layer, teacher, side):
+    """phi from a layer of the student to the teacher's, for latents of this side. Raises SystemExit if there is no such layer."""
     layers = student.features()
-    if args.student_layer not in layers:
-        raise SystemExit(f"the student has no layer {args.student_layer!r}; it has {', '.join(layers)}.")
-    channels, coarser = layers[args.student_layer]
+    if layer not in layers:
+        raise SystemExit(f"the student has no layer {layer!r}; it has {', '.join(layers)}.")
+    channels, coarser = layers[layer]
     return Projector(channels, side // coarser, teacher.feature_dim, side // teacher.patch)
 
 
@@ -151,56 +214,144 @@ def make_projector(args, student, teacher, side):
 
 
 def train(args):
-    run = Run(args, "distill")
-    student, ema, encoders = run.student(run.before("fm"))
+    """One run, from flags to saved weights. The order is stage 1's."""
+    # ---- the folder, the device, the ranks
+    out, device, rank = Path(args.out), pick_device(args.device), parallel.rank()
+    if (out / "train_state").is_dir() and not args.resume:
+        raise SystemExit(f"{out} holds a run already: go on with --resume, choose another --out, or delete it.")
+    rows = parallel.rows(args.batch, args.accumulate)  # this rank's, of each batch
+    size = (rows.stop - rows.start) // args.accumulate  # pictures that are on the device together
+    torch.manual_seed(args.seed)
+
+    # ---- the student of stage 1, and its average
+    args.init = args.init or (state_settings(out).get("init") if args.resume else None) or latest("fm")
+    student = UNet(PRESETS[args.size])
+    start_from, trained = load_student(args.init)
+    if start_from.cfg != student.cfg:
+        raise SystemExit(f"{args.init} is not of --size {args.size}: give the size it was trained with. (A student of another "
+                         "--ladder step than f goes no further than stage 1.)")  # fmt: skip
+    student.load_state_dict(start_from.state_dict())
+    student.to(device, memory_format=torch.channels_last)
+    multiply_in_bfloat16(student, device)
+    student.checkpointing = args.checkpointing
+    ema = copy.deepcopy(student).requires_grad_(False).eval()
+
+    # ---- frozen encoders, data
+    gemma = trained.get("gemma")
+    encoders = FrozenEncoders(args.teacher, device, torch.float32 if args.size == "tiny" else half(device), gemma)
+    check_encoders(trained, encoders)
     data, val = open_data(args, encoders)
-    prompts, shift = sample_prompts(args, data), timestep_shift(args)
-    run.config |= {"latent_size": list(data.shape[1:]), "sampling": sampling_settings(args)}
+    prompts, shift = sample_prompts(args, data), training.timestep_shift(args.size, args.resolution)
+
+    # ---- the teacher, and the projection head phi from the student's features to its own
     teacher = projector = feature = None
     if "out" in args.losses:
         layer = "middle" if args.teacher_layer is None else args.teacher_layer
-        teacher = Teacher(args.teacher, data, run.device, matmul_dtype(run.device), layers=(layer,))
+        teacher = Teacher(args.teacher, data, device, matmul_dtype(device), layers=(layer,))
     if "feat" in args.losses:
-        feature, projector = args.student_layer, make_projector(args, student, teacher, data.shape[-1]).to(run.device)
-    ratios = nn.ModuleDict()
-    for name in args.losses.split("+")[1:]:
-        ratios[name] = Ratio().to(run.device)
+        feature = args.student_layer
+        projector = make_projector(student, feature, teacher, data.shape[-1]).to(device)
+    ratios = nn.ModuleDict({name: Ratio().to(device) for name in args.losses.split("+")[1:]})
+    weights = {"out": args.out_weight, "feat": args.feat_weight}
+
+    # ---- the optimizers; what --resume restores, bit for bit
     optimizers = make_optimizers(student, args.lr, args.optimizer)
     phi_optimizers = make_optimizers(projector, args.lr, args.optimizer) if projector else []
-    kept = {"model": student, "ema": ema, "ratios": ratios} | ({"projector": projector} if projector else {})
-    parts = [*encoders.parts, "transformer"] if teacher else encoders.parts
-    weights = {"teacher": encoders.fingerprint(*parts)} | ({"gemma": encoders.gemma.fingerprint()} if encoders.gemma else {})
-    run.keep([*optimizers, *phi_optimizers], {"contents": data.name, **weights}, **kept)
-    forward = run.wrap(student)
+    networks = {"model": student, "ema": ema, "ratios": ratios} | ({"projector": projector} if projector else {})
+    hashes = {"contents": data.name, "teacher": encoders.fingerprint(*encoders.parts, *(["transformer"] if teacher else []))}
+    hashes |= {"gemma": encoders.gemma.fingerprint()} if encoders.gemma else {}
+    settings = arguments.settings_of(args) | hashes
+    start = load_state(out, settings, [*optimizers, *phi_optimizers], **networks) if args.resume else 0
+    groups = [group for optimizer in [*optimizers, *phi_optimizers] for group in optimizer.param_groups]
+    machine = describe_machine(device) | {"products": str(student_dtype(device)).removeprefix("torch.")}
+    config = {
+        "stage": "distill", "size": args.size, "machine": machine, "encoders": args.teacher, "gemma": gemma,
+        "scaling_factor": encoders.scaling_factor, "shift_factor": encoders.shift_factor,
+        "latent_size": list(data.shape[1:]), "sampling": training.sampling_settings(args.size, args.resolution),
+        "settings": arguments.all_of(args) | hashes,
+    }  # fmt: skip
+    training.say_start(out, config, start, args.steps, student)
+
+    # ---- several GPUs: the backward pass averages the gradients of all ranks
+    forward, several = torch.compile(student) if args.compile else student, parallel.world() > 1
     if args.compile and teacher:
         teacher.compile()
+    if several:
+        forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None,
+                                          gradient_as_bucket_view=True)  # fmt: skip
 
-    for step, batch in run.steps(lambda step: noisy_batch(data, args.seed, step, args.batch, shift, rows=run.rows)):
-        for part in run.parts(batch):
-            predicted = predict(forward, part, feature)
-            predicted, f_theta = predicted if feature else (predicted, None)
-            losses = {"task": (predicted - part.v).square().mean((1, 2, 3))}  # (B,)   || v_theta - v ||^2
-            if teacher:
-                v_teacher, (f_teacher,) = teacher(part.x_t, part.t, part.ids, args.teacher_guidance)
-                losses["out"] = (predicted - v_teacher).square().mean((1, 2, 3))  # || v_T - v_theta ||^2
-                run.log(cosine=F.cosine_similarity(predicted.flatten(1), v_teacher.flatten(1)))
-            if projector:
-                losses["feat"] = (projector(f_theta) - normalized(f_teacher)).square().mean((1, 2, 3))  # || f_T - phi(f_theta) ||^2
-            for name, ratio in ratios.items():
-                ratio.add(losses["task"], losses[name], part.t)
-            loss = combine(losses, part.t, ratios, args)  # of each picture, as --weighting says
-            run.backward(loss.mean())
-            run.log(loss=loss, **{f"ratio_{name}": ratio(part.t) for name, ratio in ratios.items()})
-            run.log(t=part.t, **{f"loss_{name}": value for name, value in losses.items()})
-        run.step(optimizers, student)
+    # ---- the loop
+    def make(step):
+        return noisy_batch(data, args.seed, step, args.batch, shift, rows=rows)
+
+    log, means, bad_steps, last_row, clock = Log(out / "log.csv", start), Means(device), 0, start, time.perf_counter()
+    bar = tqdm(total=args.steps, initial=start, desc="distill", mininterval=1, disable=None if rank == 0 else True)
+    for step, batch in zip(range(start, args.steps), ahead(make, range(start, args.steps), device), strict=True):
+        for group in groups:
+            group["lr"] = args.lr * learning_rate(step, args.steps, WARMUP)
+
+        for k in range(args.accumulate):
+            part = move(take(batch, slice(k * size, (k + 1) * size)), device)
+            last = k == args.accumulate - 1
+            with forward.no_sync() if several and not last else nullcontext():  # only the last part averages over ranks
+                predicted = predict(forward, part, feature)
+                predicted, f_theta = predicted if feature else (predicted, None)
+                losses = {"task": (predicted - part.v).square().mean((1, 2, 3))}  # (B,)   || v_theta - v ||^2
+                if teacher:
+                    v_teacher, (f_teacher,) = teacher(part.x_t, part.t, part.ids, args.teacher_guidance)
+                    losses["out"] = (predicted - v_teacher).square().mean((1, 2, 3))  # || v_T - v_theta ||^2
+                    means.add(cosine=F.cosine_similarity(predicted.flatten(1), v_teacher.flatten(1)))
+                if projector:  # || f_T - phi(f_theta) ||^2
+                    losses["feat"] = (projector(f_theta) - normalized(f_teacher)).square().mean((1, 2, 3))
+                for name, ratio in ratios.items():
+                    ratio.add(losses["task"], losses[name], part.t)
+                loss = combine(losses, part.t, ratios, args.weighting, weights, args.task_weight)  # (B,)
+                (loss.mean() / args.accumulate).backward()
+            means.add(loss=loss, **{f"ratio_{name}": ratio(part.t) for name, ratio in ratios.items()})
+            means.add(t=part.t, **{f"loss_{name}": value for name, value in losses.items()})
+
+        norm, bad = clip_gradients(student.parameters(), 1.0)
+        means.add(grad_norm=norm, skipped=bad)
         if projector:  # by itself: the student's step is not shorter because phi's gradient is long
-            run.step(phi_optimizers, projector, name="grad_norm_phi")
+            parallel.average_gradients(projector)
+            norm, bad = clip_gradients(projector.parameters(), 1.0)
+            means.add(grad_norm_phi=norm, skipped_phi=bad)
+        for optimizer in [*optimizers, *phi_optimizers]:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         for ratio in ratios.values():
             ratio.step()
         update_ema(ema, student, step, args.ema)
-        if run.due():
-            run.save(ema, plot=plot, measure=lambda: {"val_loss": validate(ema, val, shift, run.device)},
-                     samples=lambda: draw_pictures(ema, run.config, encoders, prompts, range(len(prompts))))  # fmt: skip
+        bar.update()
+
+        # ---- a row of log.csv; now and then validate, draw, save
+        due = (step + 1) % args.save_every == 0 or step + 1 == args.steps
+        if not due and (step + 1) % EVERY:
+            continue
+        row, by_t = means.take()
+        seconds = (time.perf_counter() - clock) / (step + 1 - last_row)  # a step
+        bad_steps = bad_steps + step + 1 - last_row if max(row["skipped"], row.get("skipped_phi", 0)) > 0.5 else 0
+        last_row = step + 1
+        if bad_steps > 1:  # a row may cover a single step
+            training.stop_on_nan(out, step, f"--lr {args.lr}")
+        if rank == 0:
+            if due:
+                row["val_loss"] = validate(ema, val, shift, device)
+                if not math.isfinite(row["val_loss"]):
+                    training.stop_on_nan(out, step, f"--lr {args.lr}")
+            rate = args.batch / seconds
+            log.add(step=step + 1, pictures=(step + 1) * args.batch, **row, **by_t, lr=groups[0]["lr"], pictures_per_second=rate)
+            training.say_row(bar, step + 1, args.steps, row, groups[0]["lr"], rate, seconds)
+        if rank == 0 and due:  # the state comes last: what a kill leaves undone before it is done again by --resume
+            training.save_samples(out, step + 1, draw_pictures(ema, config, encoders, prompts, range(len(prompts))))
+            plot(log, out)
+            save_network(out, ema, config | {"step": step + 1, "pictures_seen": (step + 1) * args.batch})
+            save_state(out, step + 1, settings, [*optimizers, *phi_optimizers], **networks)
+        if due:
+            parallel.wait(patient=False)
+        clock = time.perf_counter()
+    bar.close()
+    training.say_end(out)
 
 
 def plot(table, out):
@@ -209,33 +360,6 @@ def plot(table, out):
            ("the three levels, unscaled", {name: f"loss_{name}" for name in ("task", "out", "feat")}, "log"),
            ("agreement with the teacher", {"cosine to the teacher's velocity": "cosine"}, "linear"),
            ("validation", {"L_task, EMA": "val_loss"}, "linear"))  # fmt: skip
-
-
-def make_parser(doc=__doc__, example="python distill.py --init runs/fm --steps 1000 --out runs/mine"):
-    p = arguments.Parser(doc, example)
-    arguments.add_model(p, init="the student of stage 1 to start from; default: runs/fm, or the zoo's if there is none",
-                        teacher="SD3 folder: encoders and transformer")  # fmt: skip
-    # losses
-    p.add_argument("--losses", choices=("task", "task+out", "task+out+feat"), default="task+out+feat", help="which levels")
-    p.add_argument("--weighting", choices=("scaled", "linear"),
-                   help="timestep-aware, or fixed weights; default: linear for --size tiny, scaled for the paper's")  # fmt: skip
-    p.add_argument("--task-weight", type=real(0, 1), default=1.0, help="with --weighting scaled: a_t at most; 0: the teacher alone")
-    p.add_argument("--out-weight", type=real(0), default=100.0, help="weight of L_kd with --weighting linear")
-    p.add_argument("--feat-weight", type=real(0), default=25.0, help="weight of L_feat with --weighting linear")
-    p.add_argument("--student-layer", default="up.1.layers.0", help="UNet layer whose output is f_theta; up.2.layers.2 is the last")
-    p.add_argument("--teacher-layer", type=integer(), help="joint block whose tokens are f_T; default: the middle; -1: the last")
-    p.add_argument("--teacher-guidance", type=real(0), default=1.0, help="guidance of the teacher's velocity; 1: none")
-    arguments.add_data(p)
-    arguments.add_training(p, steps=2500, batch=64, lr=LR, seed="seed of phi, noise, timesteps and the data's order")
-    arguments.add_run(p, out="runs/distill", save_every=500)
-    return p
-
-
-def parse_arguments(argv=None):
-    args = arguments.by_size(make_parser().parse_args(argv), lr=LR, weighting=WEIGHTING)
-    if args.weighting == "linear" and args.task_weight != 1:
-        raise SystemExit("--task-weight is the most that a_t may be, and --weighting linear has no a_t: add --weighting scaled.")
-    return args
 
 
 def main(argv=None):

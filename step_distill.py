@@ -48,13 +48,12 @@ from common.encoders import hash_folders
 from common.figures import curves
 from common.run import Run
 from common.seeds import noise_rows, rng
-from common.training import update_ema
+from common.training import make_optimizers, predict, timestep_shift, update_ema
 from data import open_data, sample_prompts
 from distill import Ratio, scaled
 from evaluate import prompts_of, score
 from sample import draw_pictures
 from teacher import Teacher
-from train_fm import make_optimizers, predict, timestep_shift
 
 LR = 1e-3, 1e-5  # at class scale, at the paper's sizes [A]
 
@@ -140,7 +139,7 @@ def hinge(on_real, on_fake):
 
 
 class Points(NamedTuple):
-    """What one step sees; B pictures, each at one of the start times. x_t to mask: see train_fm.Batch."""
+    """What one step sees; B pictures, each at one of the start times. x_t to mask: see common.training.Batch."""
 
     x_t: torch.Tensor
     t: torch.Tensor
@@ -223,7 +222,7 @@ def train(args):
     run = Run(args, "step_distill", warmup=50, every=25)
     student, ema, encoders = run.student(run.before("distill"))
     data, _ = open_data(args, encoders)
-    prompts, shift = sample_prompts(args, data), timestep_shift(args)
+    prompts, shift = sample_prompts(args, data), timestep_shift(args.size, args.resolution)
     times = flow.sampling_timesteps(args.for_steps, shift)[:-1]  # t in {1, 0.75, 0.5, 0.25} before the shift [A]
     run.config |= {"latent_size": list(data.shape[1:]),
                    "sampling": {"steps": args.for_steps, "guidance": 1.0, "shift": shift,

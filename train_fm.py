@@ -24,31 +24,37 @@ time. The paper's data, batch sizes and learning rate here are not public.
 
 import copy
 import math
-import re
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import flow
 from common import arguments, parallel, training
 from common.arguments import integer, real
 from common.checkpoint import check_encoders, load_state, load_student, save_network, save_state
-from common.device import autocast, describe_machine, half, move, multiply_in_bfloat16, pick_device, student_dtype, take
+from common.device import describe_machine, half, move, multiply_in_bfloat16, pick_device, student_dtype, take
 from common.encoders import FrozenEncoders
 from common.figures import curves
-from common.muon import Muon
-from common.seeds import noise_rows, rng
-from common.training import BINS, Log, Means, ahead, clip_gradients, learning_rate, update_ema
+from common.training import (
+    BINS,
+    Log,
+    Means,
+    ahead,
+    clip_gradients,
+    learning_rate,
+    make_optimizers,
+    noisy_batch,
+    predict,
+    update_ema,
+    validate,
+)
 from data import open_data, sample_prompts
 from model import LADDER, PRESETS, UNet, ladder, zero_branches
 from sample import draw_pictures
 
-CAPTION_DROPOUT = 0.1  # [A]
 LR = 5e-3, 1e-4  # at class scale, at the paper's sizes [A]
 WARMUP, EVERY = 200, 50  # steps until the learning rate is at its peak [A]; steps between two rows of log.csv
 
@@ -117,7 +123,7 @@ def train(args):
         raise SystemExit(f"the autoencoder of {args.teacher} has {encoders.latent_channels} latent channels, the UNet "
                          f"{cfg.latent_channels}: give --teacher an SD3 folder.")  # fmt: skip
     data, val = open_data(args, encoders)
-    prompts, shift = sample_prompts(args, data), timestep_shift(args)
+    prompts, shift = sample_prompts(args, data), training.timestep_shift(args.size, args.resolution)
 
     # ---- the optimizers; what --resume restores, bit for bit
     optimizers = make_optimizers(model, args.lr, args.optimizer)
@@ -130,7 +136,8 @@ def train(args):
     config = {
         "stage": "fm", "size": args.size, "machine": machine, "encoders": args.teacher, "gemma": gemma,
         "scaling_factor": encoders.scaling_factor, "shift_factor": encoders.shift_factor,
-        "latent_size": list(data.shape[1:]), "sampling": sampling_settings(args), "settings": arguments.all_of(args) | hashes,
+        "latent_size": list(data.shape[1:]), "sampling": training.sampling_settings(args.size, args.resolution),
+        "settings": arguments.all_of(args) | hashes,
     }  # fmt: skip
     training.say_start(out, config, start, args.steps, model)
 
@@ -195,81 +202,6 @@ def train(args):
         clock = time.perf_counter()
     bar.close()
     training.say_end(out)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The pieces
-
-
-class Batch(NamedTuple):
-    """What one step of stages 1 and 2 sees; B pictures."""
-
-    x_t: torch.Tensor  # (B, 16, h, w) noisy latents
-    t: torch.Tensor  # (B,) in (0, 1)
-    v: torch.Tensor  # (B, 16, h, w) the target eps - x_0
-    ids: torch.Tensor  # (B,) which captions, 0 the empty one; (B, 3) with three text encoders: see Latents.text
-    states: torch.Tensor  # (B, T, text_dim) float16, the captions' tokens
-    mask: torch.Tensor  # (B, T) True for real tokens
-
-
-def noisy_batch(data, seed, step, batch, shift, caption_dropout=CAPTION_DROPOUT, rows=slice(None)):
-    """The Batch of a training step, from (seed, step) alone; with `rows`, those of one GPU: N GPUs see what one would have seen."""
-    g = rng(seed, step)
-    dropped = torch.rand(batch, generator=g) < caption_dropout
-    t = flow.logit_normal_timesteps(batch, shift, generator=g)[rows]
-    eps = noise_rows(data.shape, batch, seed, step, 0, rows=rows)
-    x_0, ids = data.batch(seed, step, batch, rows)
-    ids = torch.where(dropped[rows], 0, ids)  # caption 0 is the empty one
-    if data.several_encoders:  # each encoder is also dropped independently [S]; ids becomes (B, 3)
-        ids = ids[:, None] * (torch.rand((batch, 3), generator=g) >= caption_dropout)[rows]
-    return Batch(flow.interpolate(x_0, eps, t), t, flow.velocity(x_0, eps), ids, *data.text(ids))
-
-
-def predict(net, batch, feature=None):
-    """v_theta(x_t, t, c), (B, 16, h, w) float32; with the name of a layer as `feature`, (v, that layer's output)."""
-    with autocast(batch.x_t.device):
-        out = net(batch.x_t, batch.t, batch.states.float(), batch.mask, feature)
-    return tuple(x.float() for x in out) if feature else out.float()
-
-
-def timestep_shift(args):
-    """s of the resolution shift [A]: 3 at class scale, where the layout is decided near t = 1; by the side in pixels otherwise."""
-    return 3.0 if args.size == "tiny" else flow.resolution_shift(args.resolution)
-
-
-def sampling_settings(args):
-    """How config.json says that the student is to be drawn. At class scale 2 was best of 2, 3 and 5, early on [A]."""
-    return {"steps": 28, "guidance": 2.0 if args.size == "tiny" else 3.0, "shift": timestep_shift(args)}
-
-
-def make_optimizers(model, lr, kind):
-    """AdamW for all weights; or, with kind "muon", Muon for the matrices of the transformer blocks and AdamW for the rest.
-
-    Muon makes the step of a matrix orthogonal, so that no direction starves; AdamW scales each number by itself. At class
-    scale it learns faster [A].
-    """
-    named = model.named_parameters()
-    in_block = re.compile(r"(^|\.|transformer_)blocks\.")  # diffusers' name, too
-    matrices = [w for name, w in named if w.dim() == 2 and in_block.search(name)] if kind == "muon" else []
-    chosen = {id(w) for w in matrices}
-    others = [w for w in model.parameters() if id(w) not in chosen]
-    optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
-    if matrices:
-        optimizers.append(Muon(matrices, lr=lr, weight_decay=0.01))
-    return optimizers
-
-
-@torch.no_grad()
-def validate(model, val, shift, device):
-    """L_task of a UNet on fixed pictures, noise and times."""
-    losses, size = [], min(64, len(val))
-    at_once = max(1, 64 * 32**2 // math.prod(val.shape[1:]))  # pictures: of large latents only some fit
-    for i in range(min(4, math.ceil(len(val) / 64))):
-        batch = noisy_batch(val, 1, i, size, shift, caption_dropout=0.0)
-        for rows in torch.arange(size).split(at_once):
-            part = move(take(batch, rows), device)
-            losses.append((predict(model, part) - part.v).square().mean((1, 2, 3)))
-    return torch.cat(losses).mean().item()
 
 
 def plot(table, out):

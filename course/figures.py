@@ -38,12 +38,12 @@ import step_distill
 from common.arguments import Parser
 from common.checkpoint import save_atomically
 from common.figures import pyplot
+from common.training import timestep_shift
 from model import PRESETS, RMSNorm, UNet, ladder
 from studies.decoder import build as build_decoder
 from studies.decoder import count
 from studies.sizes import count as count_unet
 from studies.sizes import count_parts
-from train_fm import timestep_shift
 
 TOY, LATENT = Path("assets/toy-sd3"), 128  # the class-scale teacher; side of the latent of a 1024-pixel picture
 PHONE = {"UNet, a step": 274, "decoder": 119}  # ms on an iPhone 16 Pro Max [P]
@@ -377,7 +377,8 @@ def draw_distillation():
 
 def class_shift():
     """s of the sampling shift that stages 2 and 3 take at class scale."""
-    return timestep_shift(distill.parse_arguments([]))
+    args = distill.parse_arguments([])
+    return timestep_shift(args.size, args.resolution)
 
 
 def draw_scaling():

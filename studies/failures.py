@@ -46,7 +46,7 @@ from common.figures import pyplot
 from common.pictures import to_pictures, to_tensor
 from common.seeds import rng
 from common.shapes import ShapesWorld
-from common.training import BINS, Log
+from common.training import BINS, Batch, Log, noisy_batch, predict
 from coreml import layers
 from coreml import mil_interpreter as mil
 from coreml.compress import compress
@@ -57,7 +57,6 @@ from evaluate import FAMILIES, prompts_of, score
 from sample import decode, draw_pictures
 from studies.students import draw_with_teacher, encode_prompts, noise_for
 from teacher import Teacher
-from train_fm import Batch, noisy_batch, predict
 
 TOY, ZOO = "assets/toy-sd3", Path("assets/zoo")
 PROMPTS = [f"a photo of {what}" for what in (

@@ -18,7 +18,7 @@ from common.device import half, pick_device
 from common.encoders import FrozenEncoders
 from common.figures import captioned_grid, pyplot, save_figure
 from common.seeds import rng
-from common.training import Log
+from common.training import Batch, Log, predict
 from data import open_data
 from evaluate import prompts_of
 from sample import draw_pictures
@@ -32,7 +32,6 @@ from studies.students import (
     train_rows,
 )
 from teacher import Teacher
-from train_fm import Batch, predict
 
 NONE, FULL, LONGER = "no teacher", "teacher, fixed weights 100 and 25", "no teacher, for as long"
 ALL, LAST = {"losses": "task+out+feat"}, {"teacher_layer": -1, "student_layer": "up.2.layers.2"}

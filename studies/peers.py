@@ -31,12 +31,20 @@ from common.checkpoint import save_json
 from common.device import describe_machine, move, multiply_in_bfloat16, pick_device
 from common.encoders import FrozenEncoders
 from common.figures import pyplot, save_figure
-from common.training import learning_rate, update_ema
+from common.training import (
+    learning_rate,
+    make_optimizers,
+    noisy_batch,
+    predict,
+    sampling_settings,
+    timestep_shift,
+    update_ema,
+    validate,
+)
 from data import open_data
 from evaluate import prompts_of, score
 from model import PRESETS, UNet, timestep_embedding, zero_branches
 from sample import draw_pictures
-from train_fm import make_optimizers, noisy_batch, predict, sampling_settings, timestep_shift, validate
 
 
 class DiffusersUNet(nn.Module):
@@ -112,14 +120,14 @@ def build(name, cfg, side):
 
 def train(name, lr, args, data, val, encoders, prompts):
     """Train one network for --minutes: {"parameters", "rows": [{"minutes", "step", "val_loss", "score"}, ...]}."""
-    device, shift, side = encoders.device, timestep_shift(args), data.shape[-1]
+    device, shift, side = encoders.device, timestep_shift(args.size, args.resolution), data.shape[-1]
     torch.manual_seed(args.seed)
     model = build(name, PRESETS[args.size], side).to(device, memory_format=torch.channels_last)
     multiply_in_bfloat16(model, device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizers = make_optimizers(model, lr, args.optimizer)
     forward = torch.compile(model) if args.compile else model
-    config = {"latent_size": list(data.shape[1:]), "sampling": sampling_settings(args)}
+    config = {"latent_size": list(data.shape[1:]), "sampling": sampling_settings(args.size, args.resolution)}
     rows, seconds, step, total = [], 0.0, 0, 60 * args.minutes
     bar = tqdm(total=round(total), desc=name, unit=" s", mininterval=1, disable=None)
     while step <= 3 or seconds < total:

@@ -15,6 +15,7 @@ from common.arguments import Parser, Path, add_device, integer
 from common.checkpoint import load_student, save_json
 from common.device import pick_device
 from common.encoders import FrozenEncoders
+from common.training import validate
 from data import open_data
 from model import Attention, FeedForward, ResBlock, Upsample
 
@@ -36,7 +37,7 @@ def loss_without(model, module, val, shift, device):
     """L_task on validation pictures (fixed noise and times) while the module's output is 0. None: while all is as it was."""
     handle = (module or nn.Identity()).register_forward_hook(lambda _, inputs, out: torch.zeros_like(out))
     try:
-        return train_fm.validate(model, val, shift, device)
+        return validate(model, val, shift, device)
     finally:
         handle.remove()
 

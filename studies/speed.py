@@ -32,11 +32,10 @@ import step_distill
 from common.arguments import Parser, add_device, integer
 from common.device import describe_machine, half, move, pick_device
 from common.shards import ShardedLatents
-from common.training import ahead, update_ema
+from common.training import ahead, make_optimizers, noisy_batch, predict, update_ema
 from distill import Projector, Ratio, combine, normalized
 from model import PRESETS, UNet
 from teacher import T5_TOKENS, Teacher, WeightedTextAttention
-from train_fm import make_optimizers, noisy_batch, predict
 
 diffusers.utils.logging.set_verbosity_error()  # casting random weights is no mistake
 MODES = ("eager", "channels_last", "compile")  # how the student runs; each with what the one before has
@@ -146,7 +145,8 @@ def make_stage(stage, model, forward, data, teacher, device, args):
         v_teacher, features = teacher(b.x_t, b.t, b.ids)
         losses = {"task": (predicted - b.v).square().mean((1, 2, 3)), "out": (predicted - v_teacher).square().mean((1, 2, 3)),
                   "feat": (projector(feature) - normalized(features[-1])).square().mean((1, 2, 3))}  # fmt: skip
-        combine(losses, b.t, ratios, settings).mean().backward()
+        weights = {"out": settings.out_weight, "feat": settings.feat_weight}
+        combine(losses, b.t, ratios, settings.weighting, weights, settings.task_weight).mean().backward()
         finish(step)
 
     def third(step):  # the target is one forward of a few-step teacher, as with SD3.5-Large-Turbo

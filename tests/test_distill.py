@@ -17,7 +17,7 @@ from transformers import T5Config, T5EncoderModel
 
 import distill
 import train_fm
-from common import encoders, run
+from common import encoders
 from common.checkpoint import load_student
 from common.encoders import FrozenEncoders
 from evaluate import prompts_of
@@ -103,16 +103,15 @@ def test_scaling_does_not_depend_on_the_features_unit():
 
 def test_total_loss_of_each_setting():
     losses = {"task": torch.tensor([0.5, 1.0]), "out": torch.tensor([0.1, 0.2]), "feat": torch.tensor([3.0, 5.0])}
-    t, flags = torch.tensor([0.3, 0.6]), ["--out-weight", "2", "--feat-weight", "0.5", "--weighting"]
-    scaled, linear = (distill.parse_arguments([*flags, weighting]) for weighting in ("scaled", "linear"))
+    t, weights = torch.tensor([0.3, 0.6]), {"out": 2.0, "feat": 0.5}
     ratios = {"out": lambda t: 5.0, "feat": lambda t: 0.2}
-    assert torch.equal(distill.combine({"task": losses["task"]}, t, {}, scaled), losses["task"])
+    assert torch.equal(distill.combine({"task": losses["task"]}, t, {}, "scaled", weights), losses["task"])
     expected = torch.tensor([0.5 + 2 * 0.1 + 0.5 * 3, 1 + 2 * 0.2 + 0.5 * 5])
-    assert torch.allclose(distill.combine(losses, t, {}, linear), expected)
+    assert torch.allclose(distill.combine(losses, t, {}, "linear", weights), expected)
     for most in (1.0, 0.5, 0.0):
-        scaled.task_weight, a = most, distill.timestep_weight(t).clamp(max=most)
+        a = distill.timestep_weight(t).clamp(max=most)
         total = 2 * a * losses["task"] + (1 - a) * (5.0 * losses["out"] + 0.2 * losses["feat"])
-        assert torch.allclose(distill.combine(losses, t, ratios, scaled), total)
+        assert torch.allclose(distill.combine(losses, t, ratios, "scaled", weights, most), total)
 
 
 def test_the_papers_sizes_are_weighted_as_in_the_paper():
@@ -278,14 +277,14 @@ def test_a_run_leaves_a_student_without_phi(finished):
 
 def test_resumed_is_bit_for_bit_the_same(finished, home):
     arguments = [*SMALL, "--steps", "4", "--save-every", "2", "--out", str(home / "runs" / "resumed")]
-    save = run.save_state
+    save = distill.save_state
 
     def save_and_stop(*args, **networks):
         save(*args, **networks)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "save_state", save_and_stop)
+        patch.setattr(distill, "save_state", save_and_stop)
         distill.main(arguments)
     with pytest.raises(SystemExit, match="--losses was task"):
         distill.main([*arguments, "--resume", "--losses", "task"])

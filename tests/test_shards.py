@@ -20,7 +20,7 @@ import distill
 import sample
 import step_distill
 import train_fm
-from common import shards, sources
+from common import shards, sources, training
 from common.encoders import FrozenEncoders, pad_text
 from common.pictures import open_picture, to_tensor
 from common.shapes import ShapesWorld
@@ -206,7 +206,7 @@ def test_gemma_is_a_third_encoder_behind_the_clips(gemma):
         assert torch.equal(
             memory.clip(ids)[0], memory.clip(torch.tensor([1]))[0]
         )  # the teacher still reads the caption
-    ids = train_fm.noisy_batch(memory, 0, 3, 6000, 1.0, 0.1).ids.view(-1, 3)
+    ids = training.noisy_batch(memory, 0, 3, 6000, 1.0, 0.1).ids.view(-1, 3)
     kept = ids[memory.batch(0, 3, 6000)[1] > 0] > 0
     assert (~kept).float().mean(0).tolist() == pytest.approx([0.19] * 3, abs=0.03)  # 0.1 all of them, then 0.1 each
     assert (~kept).all(1).float().mean().item() == pytest.approx(0.1, abs=0.02)
@@ -336,7 +336,7 @@ def test_all_stages_train_on_shards_with_gemma(home, tars, gemma, monkeypatch):
     # T5's states for a batch are those that Teacher computes once and for all when the captions fit in memory
     encoders = FrozenEncoders(folder, gemma=gemma)
     streamed, _ = shards.open_shards("runs/all", encoders)
-    x_t, t, _, ids, *_ = train_fm.noisy_batch(streamed, 0, 0, 4, 1.0, 0.1)
+    x_t, t, _, ids, *_ = training.noisy_batch(streamed, 0, 0, 4, 1.0, 0.1)
     captions = streamed.captions_of(ids.amax(1))
     text = encode_prompts(captions, encoders)
     known = torch.tensor([text.captions.index(caption) for caption in captions])

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import model
-import train_fm
 from assets import make_zoo
+from common import training
 from common.stopwatch import counting
 from data import Latents
 from model import LADDER, PRESETS, UNet, UNetConfig
@@ -102,7 +102,7 @@ def test_peers_are_of_one_size_and_take_the_same_inputs():
         out.square().mean().backward()
         assert out.shape == (2, 16, 8, 8)
         sizes[name] = sum(p.numel() for p in net.parameters())
-        assert len(train_fm.make_optimizers(net, 1e-3, "muon")[1].param_groups[0]["params"]) > 40  # blocks of all three
+        assert len(training.make_optimizers(net, 1e-3, "muon")[1].param_groups[0]["params"]) > 40  # blocks of all three
     assert sizes["dit"] == pytest.approx(sizes["ours"], rel=0.06) and sizes["diffusers"] > sizes["ours"]
 
 

@@ -208,7 +208,7 @@ def test_on_a_gpu_threads_make_the_next_batches_in_order(monkeypatch):
         if number == 9:
             raise ValueError("the ninth")
         value = torch.full((2,), float(number))
-        return train_fm.Batch(value, value, value, value.long(), value, value)
+        return training.Batch(value, value, value, value.long(), value, value)
 
     with pytest.raises(ValueError, match="the ninth"):
         for batch in training.ahead(make, range(12), torch.device("cuda")):
@@ -276,9 +276,9 @@ def test_noise_depends_on_seed_and_step_alone_and_captions_are_dropped():
         def text(self, ids):
             return torch.zeros(len(ids), 2, 3), torch.ones(len(ids), 2, dtype=torch.bool)
 
-    a, b = (train_fm.noisy_batch(Ones(), 0, 7, 4000, 3.0, 0.1) for _ in range(2))
+    a, b = (training.noisy_batch(Ones(), 0, 7, 4000, 3.0, 0.1) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    assert not torch.equal(a[1], train_fm.noisy_batch(Ones(), 0, 8, 4000, 3.0, 0.1)[1])
+    assert not torch.equal(a[1], training.noisy_batch(Ones(), 0, 8, 4000, 3.0, 0.1)[1])
     assert (a[3] == 0).float().mean().item() == pytest.approx(0.1, abs=0.02)
     x_t, t, v = a[:3]
     assert torch.allclose(x_t, t.view(-1, 1, 1, 1) * v, atol=1e-6)  # with x_0 = 0: x_t = t eps, v = eps
@@ -287,9 +287,9 @@ def test_noise_depends_on_seed_and_step_alone_and_captions_are_dropped():
 def test_the_resolution_is_the_pictures():
     """The shapes world has 64 pixels at any --size, and the shift follows the pictures; --data brings the size's own."""
     args = train_fm.parse_arguments(["--size", "t2i"])
-    assert args.resolution == 64 and train_fm.timestep_shift(args) == 1
+    assert args.resolution == 64 and training.timestep_shift(args.size, args.resolution) == 1
     args = train_fm.parse_arguments(["--size", "t2i", "--data", "photos"])
-    assert args.resolution == 1024 and train_fm.timestep_shift(args) == 3
+    assert args.resolution == 1024 and training.timestep_shift(args.size, args.resolution) == 3
 
 
 def test_muon_is_torchs(monkeypatch):
@@ -320,12 +320,12 @@ def test_muon_multiplies_in_float32_where_the_cpu_has_no_bfloat16(monkeypatch):
 
 def test_muon_takes_the_matrices_of_the_transformers_and_adamw_all_else(home):
     model = UNet(PRESETS["tiny"])
-    adamw, muon = train_fm.make_optimizers(model, 1e-3, "muon")
+    adamw, muon = training.make_optimizers(model, 1e-3, "muon")
     groups = [{id(w) for group in optimizer.param_groups for w in group["params"]} for optimizer in (adamw, muon)]
     assert not groups[0] & groups[1] and groups[0] | groups[1] == {id(w) for w in model.parameters()}
     names = [name for name, w in model.named_parameters() if id(w) in groups[1]]
     assert all(".blocks." in name and name.endswith("weight") for name in names) and len(names) > 100
-    assert len(train_fm.make_optimizers(model, 1e-3, "adamw")) == 1
+    assert len(training.make_optimizers(model, 1e-3, "adamw")) == 1
     arguments = [*SMALL, "--optimizer", "muon", "--steps", "2", "--save-every", "1", "--out"]
     train_fm.main([*arguments, "runs/muon"])
     save = train_fm.save_state
