@@ -4,7 +4,7 @@
     unet.mlpackage            the student: latent, t, text, mask -> velocity
     decoder.mlpackage         the tiny decoder: latent -> picture, 0 to 255
     pipeline.json             steps, times, guidance, sizes, tokenizers: all else that an app needs
-    cases.json                prompts with their tokens, times, noise: what an app's own code must agree with (coreml/cases.py)
+    cases.json                prompts with their tokens, times, noise: what an app's own code must agree with (coreml/pipeline.py)
     verification.json         how far each package is from PyTorch
     *.lines.json              which line of Python made which operation, for `python -m coreml.advise build/`
 
@@ -36,16 +36,28 @@ import flow
 from common.arguments import Parser, integer, real
 from common.checkpoint import check_encoders, latest, load_student, save_atomically, save_json
 from common.device import describe_machine
+from common.encoders import hash_folders
 from common.figures import captioned_grid
 from common.seeds import rng
-from coreml import cases
 from coreml import mil_interpreter as mil
 from coreml.compress import HIGH, LOW, choose, compress, price_of_each
 from coreml.layers import PhoneDecoder, PhoneText, PhoneUNet
-from coreml.lines import beside, lines_of, mark
 from coreml.mil_interpreter import ct, without_bars  # coremltools, with its warnings about this machine silenced
-from coreml.package import check_company, clear_errors, function_name, join, save_package, settings_of, size_of
-from coreml.pipeline import PARTS, Packages, real_inputs
+from coreml.package import (
+    beside,
+    check_company,
+    clear_errors,
+    function_name,
+    give_back_memory,
+    join,
+    lines_of,
+    mark,
+    passes_to_float16,
+    passes_to_float32,
+    save_package,
+    weight_bytes,
+)  # fmt: skip
+from coreml.pipeline import PARTS, Packages, real_inputs, save_cases
 from coreml.texts import EXAMPLE, open_encoders, tokens_of
 from coreml.verify import FLOAT16_BAR, check, on_this_mac
 from data import PROMPTS
@@ -57,9 +69,9 @@ from model import PRESETS, UNet
 
 @dataclass
 class Part:
-    """One network to export: a module, an example of every input, and what each input and output is."""
+    """One network to export: how to build it, an example of every input, and what each input and output is."""
 
-    module: torch.nn.Module
+    build: object  # makes the module in the form that a phone can take
     reference: object  # the network as the other stages run it, called with the same inputs
     inputs: dict  # name -> example tensor, whose shape is the only one the package will take
     outputs: tuple  # names
@@ -68,16 +80,26 @@ class Part:
     unit: float = 1.0  # size of the outputs' numbers: errors are counted in it
     float32: tuple = ()  # inputs and outputs kept in float32
 
+    @functools.cached_property
     def expected(self):
         """What the original network says to the example: {name: tensor}."""
         with torch.no_grad():
             out = self.reference(*self.inputs.values())
         return dict(zip(self.outputs, out if isinstance(out, tuple) else (out,), strict=True))
 
+    @functools.cached_property
+    def module(self):
+        return self.build()
+
     def captured(self):
         """The module as an exported program: plain operations on tensors of fixed shapes."""
         with torch.no_grad():
             return torch.export.export(self.module, tuple(self.inputs.values())).run_decompositions({})
+
+    def prepare(self):
+        """Ask the original network, then have the phone's form alone: both of 379 M parameters take 1.5 GB each."""
+        self.expected, self.module  # noqa: B018  computed here and kept
+        self.reference = self.build = None
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -94,7 +116,7 @@ def text_part(encoders, width):
         return text, mask.float()
 
     return Part(
-        PhoneText(clips, width, end, tail).eval(), reference, {"tokens": tokens, "tokens_2": tokens_2}, ("text", "mask"),
+        lambda: PhoneText(clips, width, end, tail).eval(), reference, {"tokens": tokens, "tokens_2": tokens_2}, ("text", "mask"),
         {"tokens": f"token ids of the first tokenizer, (1, {tokens.shape[1]}), padded",
          "tokens_2": "token ids of the second tokenizer, the same shape",
          "text": f"text states, (1, {length}, {width}); an input of the UNet",
@@ -110,7 +132,8 @@ def unet_part(unet, latent, text, mask, batch, layout):
               "text": text, "mask": mask}  # fmt: skip
     shape = f"({batch}, {channels}, {latent}, {latent})"
     return Part(
-        PhoneUNet(unet, layout).eval(), lambda latent, t, text, mask: unet(latent, t, text, mask.bool()), inputs, ("velocity",),
+        lambda: PhoneUNet(unet, layout).eval(), lambda latent, t, text, mask: unet(latent, t, text, mask.bool()),
+        inputs, ("velocity",),
         {"latent": f"x_t, {shape}: noise at t = 1, the picture's latent at t = 0", "t": "time, 1 to 0",
          "text": "text states of the text encoder" + (", the caption's and the empty caption's" if batch == 2 else ""),
          "mask": "mask of the text encoder", "velocity": f"v, {shape}: x_s = x_t + (s - t) v"},
@@ -123,7 +146,7 @@ def decoder_part(decoder, latent, layout="ane"):
     channels = decoder.cfg.latent_channels
     decoder.to(memory_format=torch.contiguous_format)  # torch's GroupNorm of channels_last loses digits over a million pixels
     return Part(
-        PhoneDecoder(decoder, Upsample if layout == "ane" else None).eval(),
+        lambda: PhoneDecoder(decoder, Upsample if layout == "ane" else None).eval(),
         lambda latent: (decoder(latent).clamp(-1, 1) + 1) * 127.5,
         {"latent": torch.randn(1, channels, latent, latent, generator=rng(0, latent))}, ("picture",),
         {"latent": f"x_0, (1, {channels}, {latent}, {latent}), as the UNet leaves it",
@@ -133,55 +156,80 @@ def decoder_part(decoder, latent, layout="ane"):
     )  # fmt: skip
 
 
-def make_parts(args):
-    """({part: {latent size: Part}}, what pipeline.json says, encoders, see): the text encoder has no latent and is under 0.
+@dataclass
+class Student:
+    """What is to be exported, with all that the other stages know of it."""
 
-    see() gives what the parts get to see while the student draws, see pipeline.real_inputs.
-    """
+    networks: dict  # {"unet", "decoder"}
+    weights: dict  # {part: hash of what its numbers come from}
+    text: torch.Tensor  # an example caption's states (1, T, D)
+    mask: torch.Tensor  # (1, T)
+    side: int  # of its latents
+    sampling: dict  # at least "guidance"
+    plan: dict  # the student's own share of pipeline.json
+    encoders: object = None
+
+
+def random_student(size):
+    """A UNet of this size and its decoder with random weights."""
     torch.manual_seed(0)
-    encoders = tokenizers = None
-    if args.random:
-        sampling, sizes = {"guidance": 1.0}, args.latent or [128 if args.random != "tiny" else 8]
-        unet = UNet(PRESETS[args.random]).eval()
-        decoder = TinyDecoder(DECODERS["tiny" if args.random == "tiny" else "sd3"]).eval()
-        text, mask = torch.randn(1, 77, unet.cfg.text_dim, generator=rng(0)), torch.ones(1, 77)
-        pipeline = {"weights": "random"}
-        if "text_encoder" in args.parts:
-            raise SystemExit("--random has no text encoder: give --parts unet decoder.")
-    else:
-        (unet, config), (decoder, decoder_config) = load_student(args.model), load_decoder(args.decoder)
-        encoders, tokenizers, text, mask = open_encoders(args, unet.cfg, config)
-        check_encoders(config, encoders), check_encoders(decoder_config, encoders)
-        sampling, sizes = config["sampling"], args.latent or [config["latent_size"][0]]
-        times = sampling.get("times") or flow.sampling_timesteps(sampling["steps"], sampling["shift"]).tolist()
-        pipeline = {
-            "model": str(args.model), "steps": sampling["steps"], "times": times, "shift": sampling["shift"],
-            "scaling_factor": encoders.scaling_factor, "shift_factor": encoders.shift_factor,
-            "latents": "already scaled and shifted: the decoder takes what the UNet leaves",
-            "tokenizers": tokenizers, "tokens": getattr(encoders, "max_tokens", mask.shape[1]), "gemma": args.gemma,
-        }  # fmt: skip
-    check_sizes(args, unet.cfg, sizes)
-    batch = 1 if sampling["guidance"] == 1 else 2  # the caption, and the empty caption beside it
-    parts = {}
-    if "text_encoder" in args.parts:
-        parts["text_encoder"] = {0: text_part(encoders, unet.cfg.text_dim)}
-    if "unet" in args.parts:
-        parts["unet"] = {size: unet_part(unet, size, text, mask, batch, args.layout) for size in sizes}
-    if "decoder" in args.parts:
-        parts["decoder"] = {size: decoder_part(decoder, size, args.layout) for size in sizes}
-    pipeline |= {"guidance": sampling["guidance"], "batch": batch, "nbits": args.nbits,
-                 "functions": {size: function_name(size, sizes) for size in sizes},
-                 "latent_channels": unet.cfg.latent_channels, "latent_sizes": sizes}  # fmt: skip
-    return parts, pipeline, encoders, functools.partial(real_inputs, unet, pipeline, encoders, PROMPTS, text, mask)
+    unet, decoder = UNet(PRESETS[size]).eval(), TinyDecoder(DECODERS["tiny" if size == "tiny" else "sd3"]).eval()
+    text, mask = torch.randn(1, 77, unet.cfg.text_dim, generator=rng(0)), torch.ones(1, 77)
+    return Student({"unet": unet, "decoder": decoder}, dict.fromkeys(PARTS, size), text, mask, 8 if size == "tiny" else 128,
+                   {"guidance": 1.0}, {"weights": "random"})  # fmt: skip
 
 
-def check_sizes(args, cfg, sizes):
+def trained_student(model, decoder, teacher=None, gemma=None, with_text=True):
+    """The student and the decoder of two run folders. gemma, with_text: see texts.open_encoders."""
+    torch.manual_seed(0)
+    (unet, config), (decoder_net, decoder_config) = load_student(model), load_decoder(decoder)
+    encoders, tokenizers, text, mask = open_encoders(config, unet.cfg.text_dim, model, teacher, gemma, with_text)
+    check_encoders(config, encoders), check_encoders(decoder_config, encoders)
+    sampling = config["sampling"]
+    plan = {
+        "model": str(model), "steps": sampling["steps"], "shift": sampling["shift"],
+        "times": sampling.get("times") or flow.sampling_timesteps(sampling["steps"], sampling["shift"]).tolist(),
+        "scaling_factor": encoders.scaling_factor, "shift_factor": encoders.shift_factor,
+        "latents": "already scaled and shifted: the decoder takes what the UNet leaves",
+        "tokenizers": tokenizers, "tokens": getattr(encoders, "max_tokens", mask.shape[1]), "gemma": gemma,
+    }  # fmt: skip
+    weights = {"unet": hash_folders([model]), "decoder": hash_folders([decoder])}
+    if with_text:
+        weights["text_encoder"] = encoders.fingerprint("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        weights["text_encoder"] += f"-{encoders.gemma.fingerprint()}" if gemma else ""
+    networks = {"unet": unet, "decoder": decoder_net}
+    return Student(networks, weights, text, mask, config["latent_size"][0], sampling, plan, encoders)
+
+
+def plan_of(student, sizes, nbits):
+    """pipeline.json: all that an app needs to know beside the packages."""
+    check_sizes(student.networks["unet"].cfg, sizes)
+    guidance = student.sampling["guidance"]
+    batch = 1 if guidance == 1 else 2  # the caption, and the empty caption beside it
+    return student.plan | {
+        "guidance": guidance, "batch": batch, "nbits": nbits, "functions": {size: function_name(size, sizes) for size in sizes},
+        "latent_channels": student.networks["unet"].cfg.latent_channels, "latent_sizes": sizes,
+    }  # fmt: skip
+
+
+def check_sizes(cfg, sizes):
     """Raises SystemExit for latent sizes that cannot be."""
-    if len(sizes) > 1 and args.target == "iOS17":
-        raise SystemExit("one package for several latent sizes needs iOS 18: leave --target iOS17 out, or export one size.")
     step = 2 ** (len(cfg.channels) - 1)
     if any(size % step for size in sizes):
         raise SystemExit(f"--latent must be multiples of {step}, not {sizes}.")
+
+
+def make_parts(student, name, sizes, batch, layout):
+    """{latent size: Part} of one of the three; the text encoder has no latent, and is under 0.
+
+    Takes the network out of `student`, so that nobody else holds it.
+    """
+    if name == "text_encoder":
+        return {0: text_part(student.encoders, student.text.shape[-1])}
+    network = student.networks.pop(name)
+    if name == "unet":
+        return {size: unet_part(network, size, student.text, student.mask, batch, layout) for size in sizes}
+    return {size: decoder_part(network, size, layout) for size in sizes}
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -197,26 +245,41 @@ def feeds_sine(op):
 
 
 @without_bars()
-def convert(part, precision, args, about):
-    """A Core ML model (not saved) of a Part, with every input and output named, typed and described."""
-    half = precision == "float16"
+def program_of(part, target="iOS18"):
+    """The MIL program of a Part in float32, before anything is rounded: where every conversion begins."""
 
     def kind(name, tensor=None):
         if tensor is not None and not tensor.is_floating_point():
             return np.int32
-        return np.float16 if half and name not in part.float32 else np.float32
+        return np.float32 if name in part.float32 else np.float16
 
-    package = ct.convert(
-        mark(part.captured()),
-        minimum_deployment_target=getattr(ct.target, args.target),
-        compute_precision=ct.transform.FP16ComputePrecision(lambda op: not feeds_sine(op)) if half else ct.precision.FLOAT32,
+    exported = mark(part.captured())
+    return ct.convert(
+        exported, convert_to="milinternal", minimum_deployment_target=getattr(ct.target, target),
+        compute_precision=ct.precision.FLOAT32, pass_pipeline=passes_to_float32(),
         inputs=[ct.TensorType(name, tuple(x.shape), dtype=kind(name, x)) for name, x in part.inputs.items()],
         outputs=[ct.TensorType(name, dtype=kind(name)) for name in part.outputs],
-        skip_model_load=True,
     )  # fmt: skip
-    package.short_description, package.license, package.version = part.summary, "MIT", about["commit"]
+
+
+@without_bars()
+def package_of(program, part, precision, target="iOS18", about=None, path=None):
+    """A Core ML model of a program: as it is, or with all but the time embedding in float16. In memory, or at `path` at once.
+
+    The program is used up by float16, and not by float32.
+    """
+    half = precision == "float16"
+    package = ct.convert(
+        program, source="milinternal", convert_to="mlprogram", minimum_deployment_target=getattr(ct.target, target),
+        compute_precision=ct.precision.FLOAT16 if half else ct.precision.FLOAT32, skip_model_load=True,
+        pass_pipeline=passes_to_float16((lambda op: not feeds_sine(op)) if half else None), package_dir=path and str(path),
+    )  # fmt: skip
+    about = about or {}
+    package.short_description, package.license, package.version = part.summary, "MIT", about.get("commit", "")
     package.author = "made by export_coreml.py"
     package.user_defined_metadata.update({name: str(value) for name, value in about.items()})
+    came_from = {"source": f"torch=={torch.__version__}", "source_dialect": "TorchExport::ATEN"}  # coremltools: "milinternal"
+    package.user_defined_metadata.update({f"com.github.apple.coremltools.{name}": value for name, value in came_from.items()})
     for name in part.inputs:
         package.input_description[name] = part.descriptions[name]
     for name in part.outputs:
@@ -224,62 +287,83 @@ def convert(part, precision, args, about):
     return package
 
 
-def export(name, parts, args, about, see=None):
-    """Convert, save and verify one part at all its latent sizes: {latent size: report}, and out/NAME.mlpackage."""
-    path, reports, start, sizes = args.out / f"{name}.mlpackage", {}, time.time(), list(parts)
-    bar = FLOAT16_BAR if args.nbits == 16 and not args.random else None
-    with clear_errors(path), tempfile.TemporaryDirectory(dir=args.out, prefix=".") as scratch:
-        halves, lines, bits, mix = {}, {}, args.nbits, None
+def convert(part, precision="float16", target="iOS18", about=None):
+    """A Core ML model (not saved) of a Part, with every input and output named, typed and described."""
+    return package_of(program_of(part, target), part, precision, target, about)
+
+
+def export(name, parts, out, nbits=16, mixed=None, seen=None, target="iOS18", about=None, bar=FLOAT16_BAR, show=False):
+    """Convert, save and verify one part at all its latent sizes: {latent size: report}, and out/NAME.mlpackage.
+
+    Args:
+        parts: {latent size: Part}; their networks are given up on the way, to make room.
+        nbits: 16, 8, 6 or 4 bits a weight; or mixed: so many on average, by what the part gets to see (pipeline.real_inputs).
+        bar: decibels of the float16 package, or None. show: name the first bad operation.
+    """
+    path, reports, start, sizes = out / f"{name}.mlpackage", {}, time.time(), list(parts)
+    with clear_errors(path), tempfile.TemporaryDirectory(dir=out, prefix=".") as scratch:
+        scratch = Path(scratch)
+        halves, lines, bits, mix = {}, {}, nbits, None
         for size, part in parts.items():
-            exact = Path(scratch) / f"exact{size}.mlpackage"
-            convert(part, "float32", args, about).save(str(exact))
-            error, _ = check(part, mil.read_package(exact), "exact", show=args.bisect)
-            shutil.rmtree(exact)
-            package = convert(part, "float16", args, about)
+            halves[size], exact = scratch / f"{name}{size}.mlpackage", scratch / f"exact{size}.mlpackage"
+            part.prepare()
+            program = program_of(part, target)
+            if not show:
+                part.module = None
+            package_of(program, part, "float32", target, path=exact)
+            package = package_of(program, part, "float16", target, about)
+            del program
             lines[function_name(size, sizes)] = lines_of(package)
-            halves[size] = Path(scratch) / f"{name}{size}.mlpackage"
-            if args.mixed and mix is None:  # measured at the first size, the same weights for all
-                prices = price_of_each(package, see()[name])
-                bits = choose(prices, args.mixed)
+            if mixed and mix is None:  # measured at the first size, the same weights for all
+                prices = price_of_each(package, seen)
+                bits = choose(prices, mixed)
                 mix = {weight: price | {"bits": bits[weight]} for weight, price in prices.items()}
             (package if bits == 16 else compress(package, bits)).save(str(halves[size]))
+            del package
+            give_back_memory()
+            error, _ = check(part, mil.read_package(exact), "exact", show=show)
+            shutil.rmtree(exact)
             reports[size] = {"float32_error": error} | ({"mix": mix} if mix else {})
         candidate = halves[sizes[0]]
         if len(sizes) > 1:
-            candidate = Path(scratch) / f"{name}.mlpackage"
+            candidate = scratch / f"{name}.mlpackage"
             join(halves, sizes, candidate)
         program = mil.read_package(candidate)
         for size, part in parts.items():
             function = function_name(size, sizes)
-            _, value = check(part, program, "declared", function, bar, args.bisect)
+            _, value = check(part, program, "declared", function, bar, show)
             mac = on_this_mac(part, candidate, function if len(sizes) > 1 else None, bar)
             operations = len(mil.operations(program, function))
             reports[size] |= {"function": function, "decibels": value, "mac": mac, "operations": operations}
         beside(path).unlink(missing_ok=True)  # the lines of an older package
-        save_package(functools.partial(shutil.copytree, candidate), path)
+        save_package(candidate.rename, path)
         save_json(lines, beside(path))
     for report in reports.values():
-        report |= {"bytes": size_of(path), "seconds": round(time.time() - start, 1)}
+        report |= {"bytes": weight_bytes(path), "seconds": round(time.time() - start, 1)}
     return reports
 
 
-def draw_and_score(args):
-    """pictures.png, and mini-GenEval of `--score` prompts a family, through the interpreted packages."""
-    packages = Packages(args.out)
+def draw_and_score(out, per_family):
+    """pictures.png, and mini-GenEval of so many prompts a family (0: none), through the interpreted packages."""
+    packages = Packages(out)
     prompts = prompts_of("val", 1, 0)
     pictures = packages.draw([p for p in prompts for _ in range(3)], [0, 1, 2] * len(prompts))
     rows = [pictures[i : i + 3] for i in range(0, len(pictures), 3)]
-    save_atomically(captioned_grid(rows, prompts, scale=2).save, args.out / "pictures.png")
-    if not args.score:
+    save_atomically(captioned_grid(rows, prompts, scale=2).save, out / "pictures.png")
+    print(f"wrote {out}/pictures.png, drawn by the interpreted packages")
+    if not per_family:
         return None
-    prompts = prompts_of("val", args.score, 0)
-    return score(packages.draw(prompts, range(len(prompts))), prompts)
+    prompts = prompts_of("val", per_family, 0)
+    result = score(packages.draw(prompts, range(len(prompts))), prompts)
+    low, high = result["interval"]
+    print(f"mini-GenEval through the packages: {result['overall']:.3f} ({low:.3f} to {high:.3f}), {result['pictures']} prompts")
+    return result
 
 
-def print_table(report, args, about):
-    weights = "random weights" if args.random else f"weights of {args.model}, {args.decoder}"
+def print_table(report, weights, nbits):
+    about = report["machine"]
     print(f"\nInterpreted op by op in torch, beside PyTorch ({about['device']}, coremltools {about['coremltools']}, {weights}, "
-          f"{args.nbits} bits):")  # fmt: skip
+          f"{nbits} bits):")  # fmt: skip
     print("part           latent  float32 error  float16 dB    ops       MB  seconds   on this Mac, dB")
     for name, part in report["parts"].items():
         for size, r in part["sizes"].items():
@@ -313,8 +397,11 @@ def parse_arguments(argv=None):
     p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = p.parse_args(argv)
     args.nbits = f"mixed {args.mixed:g}" if args.mixed else args.nbits
-    if args.random and args.gemma:
-        raise SystemExit("--random has no text encoder: leave --gemma out.")
+    args.latent = args.latent and list(dict.fromkeys(args.latent))  # a size that is named twice is one function
+    if args.latent and len(args.latent) > 1 and args.target == "iOS17":
+        raise SystemExit("one package for several latent sizes needs iOS 18: leave --target iOS17 out, or export one size.")
+    if args.random and (args.gemma or "text_encoder" in args.parts):
+        raise SystemExit("--random has no text encoder: give --parts unet decoder, and leave --gemma out.")
     if args.score and (args.random or set(args.parts) != set(PARTS)):
         raise SystemExit("--score draws with all three packages of a trained student: leave --random and --parts out, or --score.")
     return args
@@ -322,53 +409,60 @@ def parse_arguments(argv=None):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    if not args.random:
-        args.model, args.decoder = args.model or latest("step_distill"), args.decoder or latest("decoder")
+    out, record = args.out, args.out / "verification.json"
     torch.set_flush_denormal(False)  # float16's smallest numbers are such
-    parts, pipeline, encoders, see = make_parts(args)
-    about = describe_machine(torch.device("cpu")) | {"coremltools": ct.__version__}
-    record, exported = args.out / "verification.json", False
+    if args.random:
+        student, weights = random_student(args.random), "random weights"
+    else:
+        model, decoder = args.model or latest("step_distill"), args.decoder or latest("decoder")
+        student = trained_student(model, decoder, args.teacher, args.gemma, "text_encoder" in args.parts)
+        weights = f"weights of {model}, {decoder}"
+    sizes = args.latent or [student.side]
+    plan, encoders, seen = plan_of(student, sizes, args.nbits), student.encoders, {}
+    if args.mixed:
+        seen = real_inputs(student.networks["unet"], plan, encoders, PROMPTS, student.text, student.mask)
+
     report = json.loads(record.read_text()) if record.is_file() else {"parts": {}}
-    with clear_errors(args.out):
-        args.out.mkdir(parents=True, exist_ok=True)
-    for name, sizes in parts.items():
-        settings = settings_of(name, args, encoders)
-        check_company(name, {k: v for k, v in report["parts"].items() if not (args.force and k in parts)}, settings, args)
-        if (args.out / f"{name}.mlpackage").is_dir() and name in report["parts"] and not args.force:
+    about, exported = describe_machine(torch.device("cpu")) | {"coremltools": ct.__version__}, False
+    with clear_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    for name in (part for part in PARTS if part in args.parts):
+        settings = {flag: getattr(args, flag) for flag in ("latent", "nbits", "layout", "target", "gemma")}
+        settings["weights"] = student.weights[name]
+        others = {part: r for part, r in report["parts"].items() if not (args.force and part in args.parts)}
+        check_company(out, name, others, settings, None if args.random else student.weights["unet"])
+        if (out / f"{name}.mlpackage").is_dir() and name in report["parts"] and not args.force:
             if report["parts"][name]["settings"] != settings:
-                raise SystemExit(f"{args.out}/{name}.mlpackage has other settings or weights: --force, or another --out.")
+                raise SystemExit(f"{out}/{name}.mlpackage has other settings or weights: --force, or another --out.")
             print(f"{name}: kept, exported before with these settings")
             continue
         print(f"{name}: converting and verifying")
         report["parts"].pop(name, None)  # until the new one is there and verified, nothing is said about it
         report.pop("mini_geneval", None)
         save_json(report, record)
-        reports = export(name, sizes, args, about, see)
+        bar = FLOAT16_BAR if args.nbits == 16 and not args.random else None
+        reports = export(name, make_parts(student, name, sizes, plan["batch"], args.layout), out, args.nbits, args.mixed,
+                         seen.get(name), args.target, about, bar, args.bisect)  # fmt: skip
         report["parts"][name], exported = {"settings": settings, "sizes": reports}, True
         save_json(report | {"machine": about}, record)
-    with clear_errors(args.out):
-        tokenizers = dict(zip(pipeline.get("tokenizers", ()), getattr(encoders, "tokenizers", ()), strict=True))
+    tokenizers = dict(zip(plan.get("tokenizers", ()), getattr(encoders, "tokenizers", ()), strict=True))
+    with clear_errors(out):
         for name, tokenizer in tokenizers.items():
-            tokenizer.save_pretrained(args.out / name)
+            tokenizer.save_pretrained(out / name)
     if tokenizers:
-        cases.write(args.out / "cases.json", tokenizers, encoders.max_tokens)
-    save_json(pipeline, args.out / "pipeline.json")
+        save_cases(out / "cases.json", tokenizers, encoders.max_tokens)
+    save_json(plan, out / "pipeline.json")
 
-    print_table(report, args, about)
-    whole = pipeline.get("tokenizers") and all((args.out / f"{name}.mlpackage").is_dir() for name in PARTS)
-    if whole and (exported or args.score):
-        result = draw_and_score(args)
-        print(f"wrote {args.out}/pictures.png, drawn by the interpreted packages")
-        if result is not None:
-            report["mini_geneval"] = result
-            low, high = result["interval"]
-            print(f"mini-GenEval through the packages: {result['overall']:.3f} ({low:.3f} to {high:.3f}), "
-                  f"{result['pictures']} prompts")  # fmt: skip
-    save_json(report | {"machine": about}, record)
+    report["machine"] = about
+    print_table(report, weights, args.nbits)
+    if tokenizers and all((out / f"{name}.mlpackage").is_dir() for name in PARTS) and (exported or args.score):
+        result = draw_and_score(out, args.score)
+        report |= {"mini_geneval": result} if result else {}
+    save_json(report, record)
     packages = ", ".join(f"{name}.mlpackage" for name in report["parts"])
-    print(f"wrote {args.out}/: {packages}, pipeline.json, verification.json")
+    print(f"wrote {out}/: {packages}, pipeline.json, verification.json")
     if args.json:
-        print(json.dumps(report | {"machine": about}))
+        print(json.dumps(report))
 
 
 if __name__ == "__main__":

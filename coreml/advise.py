@@ -5,7 +5,7 @@
     python -m coreml.advise build/unet.mlpackage --json advice.json    # every finding by itself
 
 A package is read back from disk, and each operation is held against the rules below. A finding tells the rule, the operation, its
-shapes and bytes, and the line of our Python that made it (coreml/lines.py; packages of older exports have no lines). This is
+shapes and bytes, and the line of our Python that made it (coreml/package.py; packages of older exports have no lines). This is
 reading, not measuring: Core ML decides by itself what runs where, by device, system and sizes, and nobody outside Apple knows
 how. `latency.py` on a Mac asks it (coreml/plan.py). A rule tells where to look first.
 
@@ -20,9 +20,9 @@ from pathlib import Path
 
 from common.arguments import Parser, integer, real
 from common.checkpoint import save_json
-from coreml import lines
 from coreml import mil_interpreter as mil
 from coreml.costs import peak_of, size
+from coreml.package import UNKNOWN, beside, read_lines
 from coreml.pipeline import PARTS
 
 # Apple: Deploying Transformers on the Apple Neural Engine (2022), with its code; Hollemans: what is known about the engine
@@ -266,7 +266,7 @@ def advise(program, function="main", where=None, scores=SCORES, large=LARGE):
 
     Args:
         program: from mil_interpreter.read_package.
-        where: {operation's first output: "file:line module"}, from coreml.lines.
+        where: {operation's first output: "file:line module"}, from coreml.package.
         scores, large: bytes above which an attention's scores, and from which a transpose, is worth a line.
 
     Returns ([Finding], totals): totals has operations, transposes, reshapes, largest and its bytes, activation_bytes (the peak
@@ -277,18 +277,18 @@ def advise(program, function="main", where=None, scores=SCORES, large=LARGE):
     found = []
     for rule, check in CHECKS.items():
         for op, count, note in check(graph, limits):
-            line, module = where.get(op.outputs[0].name, lines.UNKNOWN).split(" ", 1)
+            line, module = where.get(op.outputs[0].name, UNKNOWN).split(" ", 1)
             shapes = [[list(var.shape) for var in some] for some in (graph.inputs(op), op.outputs)]
             found.append(Finding(rule, op.name, op.op_type, *shapes, count, note, line, module))
     values = [var for op in graph.ops for var in op.outputs]
     largest = max(values, key=size)
     kinds, (peak, at, alive) = collections.Counter(op.op_type for op in graph.ops), peak_of(program, function)
-    alive = [[var.name, list(var.shape), size(var), where.get(var.name, lines.UNKNOWN)] for var in alive]
+    alive = [[var.name, list(var.shape), size(var), where.get(var.name, UNKNOWN)] for var in alive]
     return found, {
         "operations": len(graph.ops), "transposes": kinds["transpose"], "reshapes": sum(kinds[kind] for kind in RESHAPES),
         "largest": f"{largest.name} {tuple(largest.shape)}", "largest_bytes": size(largest),
         "activation_bytes": peak, "peak": {"op": at and f"{at.op_type} {at.outputs[0].name}",
-                                           "line": where.get(at and at.outputs[0].name, lines.UNKNOWN), "alive": alive},
+                                           "line": where.get(at and at.outputs[0].name, UNKNOWN), "alive": alive},
         "value_bytes": sum(map(size, values)), "padded_bytes": sum(map(padded, values)),
     }  # fmt: skip
 
@@ -364,11 +364,11 @@ def main(argv=None):
         function = args.function if args.function in program.functions else next(iter(program.functions))
         if args.function not in (None, function) and len(program.functions) > 1:
             raise SystemExit(f"{package} has no function {args.function}; it has {', '.join(program.functions)}.")
-        where = lines.read(package, function)
+        where = read_lines(package, function)
         found, totals = advise(program, function, where, args.scores * 2**20, args.large * 2**20)
         print_advice(f"{package}, {function}", found, totals, args.top)
         if not where:
-            print(f"no lines: there is no {lines.beside(package).name}, which export_coreml.py --force would write")
+            print(f"no lines: there is no {beside(package).name}, which export_coreml.py --force would write")
         report[package.stem] = {"function": function, "totals": totals, "findings": [dataclasses.asdict(f) for f in found]}
     if args.json:
         rules = {name: {"what": what, "source": source} for name, (what, source) in RULES.items()}

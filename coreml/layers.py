@@ -44,6 +44,11 @@ def norm_groups(x, groups, eps, weight, bias):
     return h if weight is None else h * weight[None, :, None, None] + bias[None, :, None, None]
 
 
+def copied(net):
+    """A copy of a network to take apart: modules of its own, the same parameters."""
+    return copy.deepcopy(net, {id(p): p for p in net.parameters()}).eval()
+
+
 def replace_modules(net, kind, build):
     """`net` with every submodule of class `kind` replaced by build(submodule)."""
     for name, child in net.named_children():
@@ -59,7 +64,7 @@ class PhoneUNet(nn.Module):
 
     def __init__(self, unet, layout="ane"):
         super().__init__()
-        unet = copy.deepcopy(unet).eval()
+        unet = copied(unet)
         if layout == "ane":
             unet = replace_modules(unet, Transformer2D, AneTransformer)
             for stage in unet.up:
@@ -80,7 +85,7 @@ class PhoneDecoder(nn.Module):
 
     def __init__(self, decoder, upsample=None):
         super().__init__()
-        decoder = copy.deepcopy(decoder).eval()
+        decoder = copied(decoder)
         if upsample is not None:
             decoder = replace_modules(decoder, upsample, UpsampleLast)
         self.decoder = replace_modules(decoder, nn.GroupNorm, LayerNormGroups)

@@ -39,7 +39,6 @@ with warnings.catch_warnings():
     import coremltools as ct
     from coremltools.converters.mil.frontend.milproto.load import load as load_program
     from coremltools.converters.mil.mil import types
-    from coremltools.converters.mil.mil.scope import ScopeSource  # noqa: F401  for coreml/lines.py
 
 
 @contextlib.contextmanager
@@ -76,6 +75,9 @@ def torch_type(var):
     return TYPES[types.builtin_to_string(var.dtype)]
 
 
+# Numbers that are only moved are rounded already.
+MOVING = {"reshape", "transpose", "squeeze", "expand_dims", "split", "slice_by_index", "concat", "stack", "pixel_shuffle",
+          "upsample_nearest_neighbor", "identity", "tile"}  # fmt: skip
 TYPES = {"fp16": torch.float16, "fp32": torch.float32, "bool": torch.bool, "int8": torch.int8, "uint8": torch.uint8,
          "int16": torch.int16, "uint16": torch.int32, "int32": torch.int32}  # fmt: skip
 
@@ -111,7 +113,7 @@ def step_by_step(program, inputs, precision="declared", function="main", weights
         for var, result in zip(op.outputs, results, strict=True):
             if tuple(result.shape) != tuple(var.shape):
                 raise ValueError(f"{op.op_type} {var.name} is declared as {var.shape} and is {tuple(result.shape)}")
-            values[var.name] = rounded(result, var)
+            values[var.name] = result if op.op_type in MOVING else rounded(result, var)
             yield op, var.name, values[var.name]
         for name in [name for name in values if last_reader.get(name, i) <= i]:
             del values[name]
@@ -166,7 +168,9 @@ def conv(x, weight, bias=None, strides=(1, 1), pad_type="valid", pad=(0, 0, 0, 0
     only(pad_type in ("valid", "custom"), f"conv with pad_type {pad_type}")  # PyTorch's models have no other
     pad = (0, 0, 0, 0) if pad_type == "valid" else pad
     top, bottom, left, right = (int(p) for p in pad)
-    return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, strides, 0, dilations, int(groups))
+    if (top, left) != (bottom, right):
+        x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
+    return F.conv2d(x, weight, bias, strides, (top, left), dilations, int(groups))
 
 
 def only(true, what):

@@ -1,4 +1,7 @@
-"""The iPhone at the end of the cable, through coremltools: found, prepared, watched while it works. `latency.py --device iphone`.
+"""What Core ML can be asked on a Mac, about itself or the iPhone at the end of the cable: times and plans. For `latency.py`.
+
+A plan (MLComputePlan) says on which device Core ML would run each operation: for every device its operations and its share of the
+estimated cost, and the operations that fall off the neural engine, with the line of our Python that made them.
 
 coremltools (models/ml_program/experimental/remote_device.py) builds a small app, the model runner, starts it on the phone with
 Xcode's devicectl, and exchanges files with it. Two things in its version 9.0 have to be helped:
@@ -9,10 +12,23 @@ Xcode's devicectl, and exchanges files with it. Two things in its version 9.0 ha
 """
 
 import asyncio
+import collections
+import contextlib
 import math
+import platform
 import re
+import statistics
+import subprocess
+import tempfile
+from pathlib import Path
+
+from coreml.mil_interpreter import ct
+from coreml.package import UNKNOWN, read_lines
 
 PULSE, LOOK = 2.0, 30.0  # seconds between two looks at the runner, and at the list of devices
+NEURAL_ENGINE = "neural engine"
+UNITS = {NEURAL_ENGINE: "CPU_AND_NE", "GPU": "CPU_AND_GPU", "CPU": "CPU_ONLY"}
+DEVICES = {"MLNeuralEngineComputeDevice": NEURAL_ENGINE, "MLGPUComputeDevice": "GPU", "MLCPUComputeDevice": "CPU"}
 LOCKED = "is locked: unlock it, keep its screen on (Settings, Display, Auto-Lock: Never), and start again."
 
 
@@ -20,20 +36,103 @@ class LostPhone(Exception):
     """The phone or its runner is gone in the middle: nothing more can be measured, what was measured counts."""
 
 
-async def find(args):
-    """The connected iPhone (--phone chooses among several), with the model runner started on it.
+# --------------------------------------------------------------------------------------------------------------
+# Times
 
-    args: phone, team, bundle, patience. Raises SystemExit with one sentence when there is none, or it cannot be prepared.
+
+async def time_package(path, unit, phone, n, loads, patience, times):
+    """Fill `times` with milliseconds of one package on one compute unit, one by one: they outlive a lost phone.
+
+    times: {"first_load", "load" and "load_samples", "predict" and "predict_samples"}.
+    """
+    from coremltools.models.ml_program.experimental import perf_utils
+
+    model = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit[unit], skip_model_load=True)
+    benchmarker = perf_utils.MLModelBenchmarker(model, device=phone)
+
+    def keep(name, measurement):
+        times.setdefault(f"{name}_samples", []).extend(measurement.samples)
+        times[name] = statistics.median(times[f"{name}_samples"])
+
+    first = await watched(benchmarker.benchmark_load(iterations=1), phone, patience)
+    times["first_load"] = first.samples[0]
+    for _ in range(loads):
+        keep("load", await watched(benchmarker.benchmark_load(iterations=1), phone, patience))
+    for i in range(n):
+        work = benchmarker.benchmark_predict(iterations=1, warmup=i == 0)
+        keep("predict", await watched(work, phone, patience))
+
+
+async def measure(packages, phone, n, loads, patience, report, save):
+    """Every part on every compute unit, into report["parts"][part][unit], and Core ML's plans into report["plans"].
+
+    packages: {part: path}. phone: coroutine that finds it, or None for this Mac. A unit that fails is told, not hidden,
+    and the others go on. A phone that is gone ends it: report["stopped"] says so. save() is called after every unit.
+    """
+    phone = await phone if phone else None
+    report |= describe_device(phone) | {"parts": {}, "plans": {}, "stopped": None}
+    try:
+        for part, path in packages.items():
+            report["parts"][part] = {}
+            for name, unit in UNITS.items():
+                print(f"{part} on the {name} (the first load may take minutes)", flush=True)
+                times = report["parts"][part][name] = {}
+                with told(times, patience):
+                    await time_package(path, unit, phone, n, loads, patience, times)
+                save()
+            report["plans"][part] = {}
+            with told(report["plans"][part], patience):
+                rows = await watched(ask_plan(path, UNITS[NEURAL_ENGINE], phone), phone, patience)
+                report["plans"][part] = summary_of(rows)
+    except LostPhone as error:
+        report["stopped"] = str(error)
+
+
+@contextlib.contextmanager
+def told(entry, patience):
+    """What goes wrong with one unit, as entry["error"]: it says nothing about the others. A lost phone does."""
+    try:
+        yield
+    except LostPhone as error:
+        entry["error"] = str(error)
+        raise
+    except TimeoutError:
+        entry["error"] = f"nothing came back within {patience:.0f} s: try --patience"
+    except Exception as error:
+        entry["error"] = words(error)
+
+
+def describe_device(phone):
+    """{"device", "os"} of the phone, or of this Mac."""
+    if phone is not None:
+        return {"device": model_of(phone), "os": f"iOS {phone.os_version} ({phone.os_build_number})"}
+    command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        chip = asked.stdout.strip() if asked.returncode == 0 else ""
+    except (OSError, subprocess.TimeoutExpired):
+        chip = ""
+    return {"device": f"this Mac, {chip or platform.machine()}", "os": f"macOS {platform.mac_ver()[0]}"}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The iPhone
+
+
+async def find(name, team, bundle, patience):
+    """The connected iPhone (`name` chooses among several), with the model runner, signed by `team`, started on it.
+
+    Raises SystemExit with one sentence when there is none, or it cannot be prepared.
     """
     from coremltools.models.ml_program.experimental import remote_device  # complains where there is no Core ML
 
-    remote_device._DeviceCtlRemoteService.__init__.__defaults__ = (0.5, math.ceil(args.patience / 0.5) + 20)  # watched() stops it
-    phone = choose(remote_device, args.phone)
+    remote_device._DeviceCtlRemoteService.__init__.__defaults__ = (0.5, math.ceil(patience / 0.5) + 20)  # watched() stops it
+    phone = choose(remote_device, name)
     if phone.developer_mode_state == "disabled":
         raise SystemExit(f"{phone.name} is not in developer mode: Settings, Privacy & Security, Developer Mode; then start again.")
-    if not args.team:
+    if not team:
         raise SystemExit("give --team, the ten letters of your Apple development team: the runner on the phone must be signed.")
-    credentials = remote_device.AppSigningCredentials(development_team=args.team, bundle_identifier=args.bundle)
+    credentials = remote_device.AppSigningCredentials(development_team=team, bundle_identifier=bundle)
     try:
         ready = await phone.prepare_for_model_debugging(credentials=credentials)
     except Exception as error:
@@ -138,3 +237,77 @@ async def watched(work, phone, patience):
         if not task.done():
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Which device runs what
+
+
+async def ask_plan(package, unit, device=None):
+    """Core ML's plan for a package on a compute unit ("CPU_AND_NE", "ALL", ...), here or on a prepared phone.
+
+    Returns [{"op", "type", "device", "could" (all devices that support it), "share" of the cost or None, "line", "module"}].
+    """
+    from coremltools.models.ml_program.experimental import compute_plan_utils  # complains where there is no Core ML
+
+    with tempfile.TemporaryDirectory() as scratch:
+        compiled = ct.models.utils.compile_model(str(package), str(Path(scratch) / "model.mlmodelc"))
+        plan = await compute_plan_utils.load_compute_plan_from_path_on_device(
+            path=compiled, compute_units=ct.ComputeUnit[unit], device=device
+        )
+        return read_plan(plan, read_lines(package))
+
+
+def name_of(device):
+    return DEVICES.get(type(device).__name__, type(device).__name__)
+
+
+def read_plan(plan, where):
+    """The rows of ask_plan(), from an MLComputePlan. Constants run nowhere and have no row."""
+    program, rows = plan.model_structure.program, []
+    if program is None:
+        raise ValueError("the plan is of no ML program")
+    function = program.functions.get("main") or next(iter(program.functions.values()))
+    for op in function.block.operations:
+        usage = plan.get_compute_device_usage_for_mlprogram_operation(op)
+        cost = plan.get_estimated_cost_for_mlprogram_operation(op)
+        if usage is None:
+            continue
+        name = op.outputs[0].name
+        line, module = where.get(name, UNKNOWN).split(" ", 1)
+        rows.append({
+            "op": name, "type": op.operator_name.split(".")[-1], "device": name_of(usage.preferred_compute_device),
+            "could": [name_of(device) for device in usage.supported_compute_devices],
+            "share": None if cost is None else cost.weight, "line": line, "module": module,
+        })  # fmt: skip
+    return rows
+
+
+def summary_of(rows):
+    """{device: {"operations", "share"}}, and under "off" the rows that are not on the neural engine."""
+    devices = {}
+    for device in sorted({row["device"] for row in rows}):
+        some = [row for row in rows if row["device"] == device]
+        devices[device] = {"operations": len(some), "share": sum(row["share"] or 0 for row in some)}
+    return {"devices": devices, "off": [row for row in rows if row["device"] != NEURAL_ENGINE]}
+
+
+def print_plan(part, plan, top=12):
+    """The summary of one part as a table."""
+    devices = ", ".join(f"{name}: {d['operations']} operations, {d['share']:.1%}" for name, d in plan["devices"].items())
+    print(f"\n{part}, where Core ML would run it (shares of its estimated cost): {devices}")
+    rows = collections.defaultdict(list)
+    for row in plan["off"]:
+        rows[row["type"], row["line"], row["device"], NEURAL_ENGINE in row["could"]].append(row)
+    if not rows:
+        print("nothing falls off the neural engine")
+        return
+    print(f"{'off it':26}{'times':>6}{'share':>8}  {'runs on':9}{'neural engine':15}{'line':26}the first")
+    shares = {key: sum(row["share"] or 0 for row in some) for key, some in rows.items()}
+    for key in sorted(rows, key=lambda key: (-shares[key], -len(rows[key])))[:top]:
+        kind, line, device, could = key
+        first = f"{rows[key][0]['op']}; {rows[key][0]['module']}"
+        says = "could, does not" if could else "cannot"
+        print(f"{kind:26}{len(rows[key]):6}{shares[key]:8.1%}  {device:9}{says:15} {line:26}{first}")
+    if len(rows) > top:
+        print(f"and {len(rows) - top} rows more in the report")

@@ -38,16 +38,20 @@ def tokens_of(encoders, captions):
     return [tokenizer(captions, **how).input_ids.int() for tokenizer in encoders.tokenizers]
 
 
-def open_encoders(args, cfg, config):
-    """(encoders, names of their tokenizers, example text (1, T, D), mask (1, T)) of a student.
+def open_encoders(config, width, model, teacher=None, drop_gemma=None, wanted=True):
+    """(encoders, names of their tokenizers, example text (1, T, width), mask (1, T)) of a student.
+
+    Args:
+        config: the student's; model: its folder, for messages; teacher: another SD3 folder than the one in the config.
+        drop_gemma: "none" leaves Gemma out. wanted: whether the text encoder is exported.
 
     Raises SystemExit when its captions are read by something that is not exported: only CLIP text models are.
     """
-    folder, wanted, gemma = Path(args.teacher or config["encoders"]), "text_encoder" in args.parts, config.get("gemma")
-    if args.gemma and not gemma:
-        raise SystemExit(f"{args.model} was trained without Gemma: leave --gemma out.")
-    if gemma and wanted and not args.gemma:
-        raise SystemExit(f"{args.model} reads its captions with Gemma too, and only CLIP text models are exported: drop Gemma, as "
+    folder, gemma = Path(teacher or config["encoders"]), config.get("gemma")
+    if drop_gemma and not gemma:
+        raise SystemExit(f"{model} was trained without Gemma: leave --gemma out.")
+    if gemma and wanted and not drop_gemma:
+        raise SystemExit(f"{model} reads its captions with Gemma too, and only CLIP text models are exported: drop Gemma, as "
                          "training did now and then, by --gemma none; or run a language model elsewhere, and give --parts unet "
                          "decoder.")  # fmt: skip
     paths = [folder / name / "config.json" for name in ("text_encoder", "text_encoder_2")]
@@ -59,17 +63,17 @@ def open_encoders(args, cfg, config):
                          "its states to the UNet (--parts unet decoder).")  # fmt: skip
     if others:
         encoders, tokenizers = FrozenAutoencoder(folder), []
-        text, mask = torch.randn(1, 77, cfg.text_dim, generator=rng(0)), torch.ones(1, 77)  # will do to check a program
+        text, mask = torch.randn(1, 77, width, generator=rng(0)), torch.ones(1, 77)  # will do to check a program
     else:
         encoders, tokenizers = FrozenEncoders(folder), ["tokenizer", "tokenizer_2"]
-        if wanted and cfg.text_dim < encoders.text_dim:
-            raise SystemExit(f"{args.model} reads the first CLIP alone, and the text package has both: give --parts unet decoder.")
-        if args.gemma:
+        if wanted and width < encoders.text_dim:
+            raise SystemExit(f"{model} reads the first CLIP alone, and the text package has both: give --parts unet decoder.")
+        if drop_gemma:
             if not (Path(gemma) / "config.json").is_file():
-                raise SystemExit(f"{gemma} is not there: {args.model} was trained with that Gemma, of which the export needs the "
+                raise SystemExit(f"{gemma} is not there: {model} was trained with that Gemma, of which the export needs the "
                                  "state of one token. Put google/gemma-2-2b there.")  # fmt: skip
             encoders.gemma = DroppedGemma(Gemma(gemma))
-        text, mask = encoders.student_text([EXAMPLE], cfg.text_dim)
-    if gemma and not args.gemma:  # its tokens stand behind CLIP's
+        text, mask = encoders.student_text([EXAMPLE], width)
+    if gemma and not drop_gemma:  # its tokens stand behind CLIP's
         text, mask = (torch.cat([x, x[:, -1:].expand(-1, GEMMA_TOKENS, *x.shape[2:])], 1) for x in (text, mask))
     return encoders, tokenizers, text, mask

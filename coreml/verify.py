@@ -1,6 +1,6 @@
 """Is a package what PyTorch computes? Its program, read back from disk and interpreted op by op, beside the original network.
 
-A part, here, is anything with inputs {name: tensor}, outputs (names), expected() -> {name: tensor}, captured() (torch's exported
+A part, here, is anything with inputs {name: tensor}, outputs (names), expected {name: tensor}, captured() (torch's exported
 program), unit (the size of the outputs' numbers) and summary: see export_coreml.Part.
 """
 
@@ -26,7 +26,7 @@ def decibels(expected, found):
 
 def compare(part, program, precision, function="main"):
     """(largest error in units of the part, smallest decibels) over all outputs of the interpreted program. NaN stays NaN."""
-    found, expected = mil.run(program, part.inputs, precision, function), part.expected()
+    found, expected = mil.run(program, part.inputs, precision, function), part.expected
     errors = torch.stack([(expected[name] - found[name]).abs().max() / part.unit for name in part.outputs])
     return errors.max().item(), min(decibels(expected[name], found[name]) for name in part.outputs)
 
@@ -39,7 +39,7 @@ def bisect(part, program, precision, bar, function="main"):
     """
     steps, seen = mil.step_by_step(program, part.inputs, precision, function), []
     if precision == "exact":
-        values = part.expected()
+        values = dict(part.expected)
 
         class Recorder(torch.fx.Interpreter):
             def run_node(self, node):
@@ -82,7 +82,7 @@ def on_this_mac(part, path, function, bar):
         model = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit[unit], function_name=function)
         out = model.predict({name: x.numpy() for name, x in part.inputs.items()})
         values = {name: torch.from_numpy(np.asarray(out[name])).float() for name in part.outputs}
-        found[unit] = min(decibels(value, values[name]) for name, value in part.expected().items())
+        found[unit] = min(decibels(value, values[name]) for name, value in part.expected.items())
     if bar is not None and not found["CPU_ONLY"] >= bar:
         raise SystemExit(f"{part.summary}: {found['CPU_ONLY']:.1f} dB on this Mac's CPU (at least {bar}), and not kept.")
     return found

@@ -29,8 +29,9 @@ from common.encoders import hash_folders
 from common.figures import pyplot, save_figure
 from coreml import mil_interpreter as mil
 from coreml.compress import HIGH, LOW, average_bits, choose, compress, decibels, price_of_each, relative_error
-from coreml.package import save_package, size_of
-from coreml.pipeline import PARTS, Packages
+from coreml.package import save_package, weight_bytes
+from coreml.pipeline import PARTS, Packages, real_inputs
+from data import PROMPTS
 from evaluate import prompts_of, score
 
 
@@ -96,7 +97,7 @@ def measure(folder, seen, expected, prompts):
                for part in PARTS}  # fmt: skip
     result = score(packages.draw(prompts, range(len(prompts))), prompts)
     return {
-        "bytes": {part: size_of(folder / f"{part}.mlpackage") for part in PARTS}, "decibels": quality,
+        "bytes": {part: weight_bytes(folder / f"{part}.mlpackage") for part in PARTS}, "decibels": quality,
         "score": result["overall"], "interval": result["interval"], "pictures": result["pictures"],
     }  # fmt: skip
 
@@ -193,8 +194,10 @@ def main(argv=None):
     command = ["--model", args.model, "--decoder", args.decoder, "--layout", args.layout, "--out", str(args.out / "16")]
     command += ["--gemma", args.gemma] if args.gemma else []
     export_coreml.main(command)
-    parts, _, _, see = export_coreml.make_parts(export_coreml.parse_arguments(command))
-    seen = see()
+    student = export_coreml.trained_student(args.model, args.decoder, gemma=args.gemma)
+    plan = export_coreml.plan_of(student, [student.side], 16)
+    seen = real_inputs(student.networks["unet"], plan, student.encoders, PROMPTS, student.text, student.mask)
+    parts = {name: export_coreml.make_parts(student, name, [student.side], plan["batch"], args.layout) for name in PARTS}
     prices, expected, rows = measure_prices(args, seen), expected_of(parts, seen), {}
     for name, bits in rows_of(args, prices).items():
         path = args.out / name.replace(" ", "-") / "row.json"

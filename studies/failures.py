@@ -407,7 +407,7 @@ def converted(part, bits=16):
     """A Part's float16 program, as export_coreml.py makes it."""
     about = describe_machine(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as scratch:
-        package = export_coreml.convert(part, "float16", export_coreml.parse_arguments([]), about)
+        package = export_coreml.convert(part, about=about)
         path = Path(scratch) / "part.mlpackage"
         (package if bits == 16 else compress(package, bits)).save(str(path))
         return mil.read_package(path)

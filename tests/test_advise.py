@@ -11,9 +11,9 @@ from coremltools.converters.mil.mil import types
 from torch import nn
 
 import export_coreml
-from coreml import advise, lines
+from coreml import advise
 from coreml import mil_interpreter as mil
-from coreml.package import save_package
+from coreml.package import beside, lines_of, save_package
 
 
 class Clean(nn.Module):
@@ -92,9 +92,9 @@ def convert(module, inputs, path, nbits=16):
     """The module as a saved package with its lines, read back from disk."""
     inputs = dict(zip("xyz", inputs, strict=False))
     names = {name: name for name in (*inputs, "out")}
-    part = export_coreml.Part(module.eval(), module, inputs, ("out",), names, "a test")
-    package = export_coreml.convert(part, "float16", export_coreml.parse_arguments([]), {"commit": "test"})
-    found = lines.lines_of(package)
+    part = export_coreml.Part(module.eval, module, inputs, ("out",), names, "a test")
+    package = export_coreml.convert(part)
+    found = lines_of(package)
     save_package(package, path)
     return mil.read_package(path), found
 
@@ -197,11 +197,10 @@ def test_a_last_axis_of_one_takes_32_times_its_bytes():
 
 
 def test_a_build_tells_lines_modules_and_every_finding(tmp_path, capsys):
-    args = export_coreml.parse_arguments(["--out", str(tmp_path)])
     inputs = {"x": X[:, :, 0]}
-    part = export_coreml.Part(Linear().eval(), Linear().eval(), inputs, ("out",), {"x": "x", "out": "out"}, "a test")
-    part.reference = part.module
-    export_coreml.export("decoder", {8: part}, args, {"commit": "test"})
+    net = Linear().eval()
+    part = export_coreml.Part(lambda: net, net, inputs, ("out",), {"x": "x", "out": "out"}, "a test")
+    export_coreml.export("decoder", {8: part}, tmp_path)
     advise.main([str(tmp_path), "--json", str(tmp_path / "advice.json")])
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "advice.json").read_text(encoding="utf-8"))
@@ -211,7 +210,7 @@ def test_a_build_tells_lines_modules_and_every_finding(tmp_path, capsys):
     assert set(report["rules"]) == set(advise.CHECKS) == set(advise.RULES)
     assert all("https://" in rule["source"] for rule in report["rules"].values())
 
-    lines.beside(tmp_path / "decoder.mlpackage").unlink()
+    beside(tmp_path / "decoder.mlpackage").unlink()
     advise.main([str(tmp_path)])
     assert "no lines: there is no decoder.lines.json" in capsys.readouterr().out
 

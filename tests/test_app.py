@@ -13,7 +13,7 @@ import tree_sitter
 import tree_sitter_swift
 
 import export_coreml
-from coreml import cases
+from coreml import pipeline as cases
 from coreml.pipeline import PARTS
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +68,7 @@ def build(home):
     """What an export leaves, whose only package is one operation: its text encoder and UNet would take a minute."""
     about = {"latent": "x", "picture": "x sigmoid(x)"}
     one = export_coreml.Part(
-        torch.nn.SiLU(), torch.nn.functional.silu, {"latent": torch.randn(1, 4)}, ("picture",), about, "SiLU"
+        torch.nn.SiLU, torch.nn.functional.silu, {"latent": torch.randn(1, 4)}, ("picture",), about, "SiLU"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
@@ -114,7 +114,7 @@ def test_committed_cases_are_what_python_computes():
     today = cases.cases(tokenizers, tokenizers["tokenizer"].model_max_length)
     committed = json.loads(cases.COMMITTED.read_text(encoding="utf-8"))
     for name, value in today.items():
-        assert same(committed[name], value), f"{name} has changed: python -m coreml.cases, and look at the difference"
+        assert same(committed[name], value), f"{name} has changed: python -m coreml.pipeline, and look at the difference"
     assert committed.keys() == today.keys()
     assert not same([1, [2.0]], [1, [2.1]]) and not same({"a": 1}, {"a": 2})
 
@@ -154,8 +154,8 @@ def test_what_swift_reads_is_what_an_export_writes(build):
 
 
 def test_packages_inputs_and_outputs_are_called_by_their_names(at_home):
-    args = export_coreml.parse_arguments(["--model", "assets/zoo/step_distill", "--decoder", "assets/zoo/decoder"])
-    made = [part for sizes in export_coreml.make_parts(args)[0].values() for part in sizes.values()]
+    student = export_coreml.trained_student("assets/zoo/step_distill", "assets/zoo/decoder")
+    made = [part for name in PARTS for part in export_coreml.make_parts(student, name, [8], 1, "ane").values()]
     keys = {name[1:-1] for d in nodes(parse(PIPELINE.read_bytes()), "dictionary_literal")
             for name in map(text, d.children_by_field_name("key"))}  # fmt: skip
     assert arguments_of(PIPELINE, "load") - {"main"} == set(PARTS)

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from coremltools.converters.mil import Builder as mb
@@ -18,8 +19,8 @@ from coreml import costs, layers
 from coreml import mil_interpreter as mil
 from coreml.compress import choose, compress, decompressed, price_of_each, relative_error
 from coreml.layers import PhoneUNet
-from coreml.package import save_package, settings_of
-from coreml.pipeline import Packages
+from coreml.package import save_package
+from coreml.pipeline import PARTS, Packages, real_inputs
 from coreml.verify import decibels
 from data import Latents
 from decoder import DecoderConfig, TinyDecoder
@@ -50,16 +51,16 @@ def save_student(folder, home, cfg=SMALL, **more):
     return net, config | more
 
 
-def export_without_checks(command, folder):
-    """What export_coreml.py leaves, for the study to find: half the time, since nothing is converted in float32 too."""
-    args = export_coreml.parse_arguments([*command, "--out", str(folder)])
-    parts, plan, encoders, _ = export_coreml.make_parts(args)
-    report = {"parts": {}}
-    for name, sizes in parts.items():
-        (part,) = sizes.values()
-        save_package(export_coreml.convert(part, "float16", args, {"commit": "test"}), folder / f"{name}.mlpackage")
+def export_without_checks(model, decoder, folder):
+    """What export_coreml.py leaves, for the study to find: half the time, since nothing is interpreted."""
+    student, report = export_coreml.trained_student(model, decoder), {"parts": {}}
+    flags = {"latent": None, "nbits": 16, "layout": "ane", "target": "iOS18", "gemma": None}
+    for name in PARTS:
+        (part,) = export_coreml.make_parts(student, name, [8], 1, "ane").values()
+        save_package(export_coreml.convert(part), folder / f"{name}.mlpackage")
         numbers = {"float32_error": 0.0, "decibels": 0.0, "operations": 0, "bytes": 0, "seconds": 0.0, "mac": None}
-        report["parts"][name] = {"settings": settings_of(name, args, encoders), "sizes": {"8": numbers}}
+        settings = flags | {"weights": student.weights[name]}
+        report["parts"][name] = {"settings": settings, "sizes": {"8": numbers}}
     save_json(report, folder / "verification.json")
 
 
@@ -70,7 +71,7 @@ def study(home):
     decoder = shaken(TinyDecoder(DecoderConfig(channels=(32, 16, 16, 16), blocks=(1, 1, 1, 1), groups=8)))
     save_network(home / "decoder", decoder, config, kind="decoder")
     command = ["--model", str(home / "student"), "--decoder", str(home / "decoder")]
-    export_without_checks(command, home / "bits" / "16")
+    export_without_checks(home / "student", home / "decoder", home / "bits" / "16")
     command += ["--bits", "16", "--mixed", "5", "--random", "--per-family", "1", "--out", str(home / "bits")]
     bits.main(command)
     return SimpleNamespace(folder=home / "bits", decoder=decoder, command=command)
@@ -106,6 +107,36 @@ def test_a_mix_has_the_weights_of_its_bits(study):
         near = ((weight - original).abs() <= 0.51 * step + 1e-3 * original.abs()).all()
         assert (values <= 16 and not near) if chosen[name] == 4 else (values > 16 and near), name
     assert set(chosen.values()) == {8, 4} and 4.5 < compression.average_bits(prices, chosen) <= 5.0
+
+
+def least_error(weight, colors):
+    """The least squared error of `colors` numbers for a weight's: every cut of the sorted numbers, one color more at a time."""
+    x = np.sort(weight.ravel().astype(np.float64))
+    sums, squares = (np.concatenate([[0], np.cumsum(y)]) for y in (x, x * x))
+
+    def alone(first, last):  # the error of x[first:last] around its mean
+        return squares[last] - squares[first] - (sums[last] - sums[first]) ** 2 / (last - first)
+
+    best = np.array([0.0, *(alone(0, last) for last in range(1, len(x) + 1))])
+    for _ in range(colors - 1):
+        best = np.array([0.0, *(min(best[:last] + alone(np.arange(last), last)) for last in range(1, len(x) + 1))])
+    return best[-1]
+
+
+@pytest.mark.parametrize("size", [600, 1500])
+def test_a_palette_is_the_best_there_is(size):
+    """Of a weight below 10,000 numbers too, in a package."""
+    torch.manual_seed(size)
+    net = nn.Conv2d(1, size // 25, 5).eval()
+    nn.init.normal_(net.weight)
+    words = dict.fromkeys(("x", "out"), "-")
+    part = export_coreml.Part(lambda: net, net, {"x": torch.randn(1, 1, 9, 9)}, ("out",), words, "a test")
+    package = export_coreml.convert(part)
+    whole, few = mil.program_of(package), mil.program_of(compress(package, 4))
+    (name, found), = decompressed(whole, few).items()
+    original = net.weight.detach().half().numpy()
+    error = np.square(original.astype(np.float64) - found.numpy()).sum()
+    assert found.unique().numel() == 16 and error < 1.001 * least_error(original, 16)
 
 
 def test_the_price_of_a_weight_is_that_of_pytorch(study):
@@ -222,13 +253,15 @@ def test_a_student_without_its_gemma_is_what_training_saw_when_it_dropped_it(hom
     encoders = FrozenEncoders(home / "assets/toy-sd3", gemma=gemma)
     memory = Latents(torch.zeros(3, 16, 8, 8), torch.arange(3), captions, *encoders.encode_captions(captions),
                      *encoders.gemma.encode(captions), encoders.first_clip, SMALL.text_dim)  # fmt: skip
-    args = export_coreml.parse_arguments(["--model", str(home / "speaker"), "--decoder", "assets/zoo/decoder", "--gemma", "none"])
-    parts, plan, phone, see = export_coreml.make_parts(args)
+    student = export_coreml.trained_student(home / "speaker", "assets/zoo/decoder", gemma="none")
+    plan, phone = export_coreml.plan_of(student, [8], 16), student.encoders
     assert plan["tokens"] == 24 and plan["gemma"] == "none"
-    text = parts["text_encoder"][0]
-    export_coreml.convert(text, "float32", args, {"commit": "test"}).save(str(tmp_path / "text.mlpackage"))
+    seen = real_inputs(student.networks["unet"], plan, phone, captions, student.text, student.mask)
+    (text,) = export_coreml.make_parts(student, "text_encoder", [8], 1, "ane").values()
+    (unet,) = export_coreml.make_parts(student, "unet", [8], 1, "ane").values()
+    export_coreml.convert(text, "float32").save(str(tmp_path / "text.mlpackage"))
     program = mil.read_package(tmp_path / "text.mlpackage")
-    x, t, unet = torch.randn(1, 16, 8, 8), torch.tensor([0.6]), parts["unet"][8].module
+    x, t, unet = torch.randn(1, 16, 8, 8), torch.tensor([0.6]), unet.module
     for k in (1, 2, 0):
         tokens, expected = dict(zip(text.inputs, export_coreml.tokens_of(phone, [captions[k]]), strict=True)), []
         states, mask = mil.run(program, tokens, "exact").values()
@@ -240,7 +273,6 @@ def test_a_student_without_its_gemma_is_what_training_saw_when_it_dropped_it(hom
             found, (dropped, whole) = unet(x, t, states, mask), expected
         assert decibels(dropped, found) > 60  # the cache of captions is in float16
         assert k == 0 or decibels(whole, found) < 45
-    seen = see()
     assert seen["unet"]["text"].shape[1:] == (1, 25, 176) and seen["unet"]["mask"][..., -1].all()
 
 

@@ -1,10 +1,12 @@
 """Stage 4: the phone's forms against the originals, packages read back and interpreted, broken ones caught."""
 
 import errno
+import gc
 import json
 import shutil
+import weakref
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,12 +32,9 @@ SMALL = UNetConfig(
     channels=(32, 64), depth=(1, 1), self_attention=(False, True), mid_depth=1, layers=1, head_dim=32, groups=16, text_dim=160,
     time_dim=64,
 )  # fmt: skip
+ONE_STAGE = replace(SMALL, channels=(32,), depth=(1,), self_attention=(True,))  # coremltools takes its time for each operation
 PROMPTS = ["a photo of a red circle left of a blue star", "a photo of a star", ""]
 ABOUT = {"commit": "test"}
-
-
-def arguments(**changes):
-    return SimpleNamespace(**(vars(export_coreml.parse_arguments([])) | changes))
 
 
 def shaken(net):
@@ -115,7 +114,7 @@ def test_the_decoder_of_the_phone_saves_products():
     """16 in place of 36 for every pixel before an upsampler, and one row and column more; everything else is as it was."""
     decoder, found = TinyDecoder(DecoderConfig(channels=(32, 24), blocks=(1, 1), groups=8)).eval(), {}
     for layout in ("standard", "ane"):
-        program = mil.program_of(convert(export_coreml.decoder_part(decoder, 6, layout), "float32", arguments(), ABOUT))
+        program = mil.program_of(convert(export_coreml.decoder_part(decoder, 6, layout), "float32", about=ABOUT))
         found[layout] = sum(map(macs, mil.operations(program)))
     assert found["standard"] - found["ane"] == 32 * 24 * (36 * 6 * 6 - 16 * 7 * 7)
 
@@ -210,18 +209,17 @@ def decoder_part(latent=8):
 
 
 def test_several_sizes_share_one_package(tmp_path):
-    args = arguments(out=tmp_path, random=None)
-    reports = export("decoder", {8: decoder_part(8), 16: decoder_part(16)}, args, ABOUT)
+    reports = export("decoder", {8: decoder_part(8), 16: decoder_part(16)}, tmp_path, about=ABOUT)
     program = mil.read_package(tmp_path / "decoder.mlpackage")
     assert set(program.functions) == {"latent8", "latent16"}
     assert all(report["decibels"] > 50 for report in reports.values())
     (tmp_path / "one").mkdir()
-    export("decoder", {8: decoder_part(8)}, arguments(out=tmp_path / "one"), ABOUT)
+    export("decoder", {8: decoder_part(8)}, tmp_path / "one", about=ABOUT)
     description = (
         mil.ct.models.MLModel(str(tmp_path / "decoder.mlpackage"), skip_model_load=True).get_spec().description
     )
     assert description.metadata.license == "MIT" and description.defaultFunctionName == "latent8"
-    assert reports[8]["bytes"] < 1.5 * package.size_of(
+    assert reports[8]["bytes"] < 1.5 * package.weight_bytes(
         tmp_path / "one/decoder.mlpackage"
     )  # weights are there once
 
@@ -231,11 +229,94 @@ def test_fewer_bits_are_fewer_bytes_and_more_error(tmp_path):
     for nbits in (16, 8, 4):
         out = tmp_path / str(nbits)
         out.mkdir()
-        report = export("decoder", {8: decoder_part()}, arguments(out=out, nbits=nbits), ABOUT)[8]
-        size[nbits] = (out / "decoder.mlpackage/Data/com.apple.CoreML/weights/weight.bin").stat().st_size
+        bar = 50.0 if nbits == 16 else None
+        report = export("decoder", {8: decoder_part()}, out, nbits, about=ABOUT, bar=bar)[8]
+        size[nbits] = report["bytes"]
         quality[nbits] = report["decibels"]
     assert size[8] < 0.65 * size[16] and size[4] < 0.45 * size[16]
     assert quality[16] > quality[8] > quality[4]
+
+
+def plainly(part):
+    """A Part's package by coremltools' own passes in one conversion, as its documentation has it."""
+
+    def kind(name, x=None):
+        whole = x is not None and not x.is_floating_point()
+        return np.int32 if whole else np.float32 if name in part.float32 else np.float16
+
+    return mil.ct.convert(
+        part.captured(), minimum_deployment_target=mil.ct.target.iOS18, skip_model_load=True,
+        compute_precision=mil.ct.transform.FP16ComputePrecision(lambda op: not export_coreml.feeds_sine(op)),
+        inputs=[mil.ct.TensorType(name, x.shape, dtype=kind(name, x)) for name, x in part.inputs.items()],
+        outputs=[mil.ct.TensorType(name, dtype=kind(name)) for name in part.outputs],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "unet ane", "unet standard", "decoder"])
+def test_packages_are_those_of_one_plain_conversion(name):
+    """Weights bit for bit, operations byte for byte: also after the program was used for the package in float32."""
+    torch.manual_seed(0)
+    if name == "text_encoder":
+        part = export_coreml.text_part(FrozenEncoders("assets/toy-sd3"), 176)
+    elif name == "decoder":
+        part = decoder_part()
+    else:
+        part = export_coreml.unet_part(shaken(UNet(ONE_STAGE)), 8, torch.randn(1, 5, 160), torch.ones(1, 5), 2, name.split()[1])
+    program = export_coreml.program_of(part)
+    export_coreml.package_of(program, part, "float32")
+    ours, plain = export_coreml.package_of(program, part, "float16"), plainly(part)
+    a, b = (package.get_spec().mlProgram.functions["main"] for package in (ours, plain))
+    assert a.SerializeToString(deterministic=True) == b.SerializeToString(deterministic=True)
+    a, b = (Path(package.weights_dir, "weight.bin").read_bytes() for package in (ours, plain))
+    assert a == b and len(a) > 10_000
+
+
+def test_what_float16_cannot_hold_stays_in_float32():
+    for numbers, beyond in (([65504.0, -65504.0], False), ([0.0, 65505.0], True), ([-7e4], True), ([1e38, -np.inf], False),
+                            ([np.inf, -7e4], True), ([], False)):  # fmt: skip
+        assert package.beyond_float16(np.array(numbers, np.float32)) == beyond
+
+
+def test_a_network_is_let_go_before_its_phones_form_is_converted(tmp_path, monkeypatch):
+    """Two of 379 M parameters are 3 GB."""
+    net, convert_part, seen = UNet(ONE_STAGE).eval(), export_coreml.program_of, []
+    alive = weakref.ref(net)
+
+    def program_of(part, target):
+        gc.collect()
+        seen.append(alive())
+        return convert_part(part, target)
+
+    monkeypatch.setattr(export_coreml, "program_of", program_of)
+    student = export_coreml.Student({"unet": net}, {}, torch.randn(1, 5, 160), torch.ones(1, 5), 8, {"guidance": 1.0}, {})
+    del net
+    export("unet", export_coreml.make_parts(student, "unet", [8], 1, "ane"), tmp_path, about=ABOUT)
+    assert seen == [None]
+
+
+def test_the_phones_form_shares_the_parameters_that_it_does_not_change():
+    unet = UNet(ONE_STAGE)
+    own = {id(p) for p in unet.parameters()}
+    shared = [p for p in PhoneUNet(unet).parameters() if id(p) in own]
+    assert len(shared) > 0.3 * len(own) and unet.down[0].layers[0].transformer.__class__ is Transformer2D
+
+
+def test_a_size_that_is_named_twice_is_one_function(home, students):
+    student, decoder = students
+    command = ["--model", str(student), "--decoder", str(decoder), "--parts", "decoder", "--out", str(home / "twice")]
+    export_coreml.main([*command, "--latent", "8", "8"])
+    plan = json.loads((home / "twice/pipeline.json").read_text())
+    assert plan["latent_sizes"] == [8]
+    assert set(plan["functions"].values()) == set(mil.read_package(home / "twice/decoder.mlpackage").functions)
+
+
+def test_megabytes_are_those_of_weights(build):
+    """coremltools writes a map for debuggers into packages of 16 bits, none into compressed ones."""
+    report = json.loads((build / "verification.json").read_text())
+    for name, part in report["parts"].items():
+        files = {p.name: p.stat().st_size for p in (build / f"{name}.mlpackage").rglob("*") if p.is_file()}
+        assert files.keys() == {"Manifest.json", "model.mlmodel", "weight.bin"}
+        assert [numbers["bytes"] for numbers in part["sizes"].values()] == [files["weight.bin"]]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -243,12 +324,12 @@ def test_fewer_bits_are_fewer_bytes_and_more_error(tmp_path):
 
 
 def program_of(part, tmp_path, precision):
-    package.save_package(convert(part, precision, arguments(), ABOUT), tmp_path / "x.mlpackage")
+    package.save_package(convert(part, precision, about=ABOUT), tmp_path / "x.mlpackage")
     return mil.read_package(tmp_path / "x.mlpackage")
 
 
 def part_of(module, **inputs):
-    return Part(module.eval(), module, inputs, ("out",), dict.fromkeys([*inputs, "out"], "-"), "a test")
+    return Part(module.eval, module, inputs, ("out",), dict.fromkeys([*inputs, "out"], "-"), "a test")
 
 
 class Alone(nn.Module):

@@ -19,7 +19,7 @@ import export_coreml
 import latency
 from common.checkpoint import save_json
 from coreml import mil_interpreter as mil
-from coreml import plan
+from coreml import phone
 from coreml.costs import macs
 from coreml.layers import PhoneUNet
 from coreml.mil_interpreter import ct
@@ -43,7 +43,7 @@ def build(tmp_path_factory):
     out = tmp_path_factory.mktemp("build")
     torch.manual_seed(0)
     part = export_coreml.decoder_part(TinyDecoder(DECODER).eval(), 8, "standard")
-    export_coreml.export("decoder", {8: part}, export_coreml.parse_arguments(["--out", str(out)]), {"commit": "test"})
+    export_coreml.export("decoder", {8: part}, out)
     save_json({"latent_sizes": [8], "functions": {"8": "main"}, "nbits": 16, "steps": 4}, out / "pipeline.json")
     return out
 
@@ -52,10 +52,7 @@ def build(tmp_path_factory):
 def test_macs_of_the_unet_are_torchs(layout, tmp_path):
     part = export_coreml.unet_part(UNet(SMALL), 8, torch.randn(1, 5, 48), torch.ones(1, 5), 1, layout)
     assert isinstance(part.module, PhoneUNet)
-    args = export_coreml.parse_arguments([])
-    save_package(
-        export_coreml.convert(part, "float32", args, {"commit": "test"}), tmp_path / "u.mlpackage"
-    )
+    save_package(export_coreml.convert(part, "float32"), tmp_path / "u.mlpackage")
     program = mil.read_package(tmp_path / "u.mlpackage")
     assert sum(map(macs, mil.operations(program))) == count(SMALL, 8, 5)[1]
     assert compare(part, program, "exact")[0] < 1e-4
@@ -64,6 +61,8 @@ def test_macs_of_the_unet_are_torchs(layout, tmp_path):
 def test_report_of_a_program(build, monkeypatch, capsys):
     monkeypatch.setattr(latency, "has_core_ml", lambda: False)
     latency.main([str(build)])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("How many milliseconds that is, only a device can say")
+    latency.main([str(build), "--json"])
     printed = capsys.readouterr().out
     report = json.loads(printed.splitlines()[-1])["programs"]["decoder"]
     assert "cannot be timed on this machine" in printed and report["latency_ms"] is None
@@ -171,7 +170,7 @@ def test_the_fakes_have_coremltools_signatures():
     source = inspect.getsource(compute_plan.MLComputePlan.load_from_path)
     assert "_MLModelProxy.get_compute_plan(path, compute_units.name)" in source
     assert names(compute_plan_utils.load_compute_plan_from_path_on_device) == ["path", "compute_units", "device"]
-    assert {kind.__name__ for kind in DEVICES} == set(plan.DEVICES)
+    assert {kind.__name__ for kind in DEVICES} == set(phone.DEVICES)
     for name in ("_run_command", "_run_command_async"):
         assert names(getattr(remote_device._DeviceCtl, name)) == ["command"]
     assert names(remote_device._ModelRunnerAppBuilder.build) == names(FakeXcode.build)
@@ -198,6 +197,8 @@ def core_ml(monkeypatch):
 def test_times_and_plan_on_a_mac(build, core_ml, monkeypatch, capsys):
     monkeypatch.setattr(perf_utils, "MLModelBenchmarker", FakeBenchmarker)
     latency.main([str(build), "--n", "5", "--loads", "3"])
+    assert capsys.readouterr().out.splitlines()[-1] == "decoder is fastest on the CPU: 7.00 ms a prediction."
+    latency.main([str(build), "--n", "5", "--loads", "3", "--json"])
     printed = capsys.readouterr().out
     report = json.loads(printed.splitlines()[-1])
     units = report["parts"]["decoder"]
@@ -332,7 +333,7 @@ def plug(core_ml, monkeypatch):
 
 
 def iphone(build, *more):
-    latency.main([str(build), "--device", "iphone", "--team", "TEAM", "--n", "3", "--loads", "2", *more])
+    latency.main([str(build), "--device", "iphone", "--team", "TEAM", "--n", "3", "--loads", "2", "--json", *more])
 
 
 @pytest.mark.parametrize(("xcode", "more", "words"), [
