@@ -257,6 +257,7 @@ def program_of(part, target="iOS18"):
     return ct.convert(
         exported, convert_to="milinternal", minimum_deployment_target=getattr(ct.target, target),
         compute_precision=ct.precision.FLOAT32, pass_pipeline=passes_to_float32(),
+        # by position, not by name: the names are given to whatever stands there, so the order has to be forward()'s
         inputs=[ct.TensorType(name, tuple(x.shape), dtype=kind(name, x)) for name, x in part.inputs.items()],
         outputs=[ct.TensorType(name, dtype=kind(name)) for name in part.outputs],
     )  # fmt: skip

@@ -7,7 +7,7 @@
 A package is read back from disk, and each operation is held against the rules below. A finding tells the rule, the operation, its
 shapes and bytes, and the line of our Python that made it (coreml/package.py; packages of older exports have no lines). This is
 reading, not measuring: Core ML decides by itself what runs where, by device, system and sizes, and nobody outside Apple knows
-how. `latency.py` on a Mac asks it (coreml/plan.py). A rule tells where to look first.
+how. `latency.py` on a Mac asks it (coreml/phone.py). A rule tells where to look first.
 
 The neural engine's buffers: the last axis of a tensor is padded to 64 bytes, the others are packed as the compiler likes. So a
 last axis of 1 in float16 takes 32 times its bytes, and a reshape or transpose copies.

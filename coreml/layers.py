@@ -3,17 +3,19 @@
 A phone computes in float16: nothing above 65504, three decimal digits, and a square overflows beyond 255. And its neural engine
 likes tensors of (B, C, 1, S), with 1x1 convolutions where PyTorch has linear layers (apple/ml-ane-transformers). So, for export:
 
-    GroupNorm       as one layer_norm over each group: Core ML then has one operation that takes care of its own sums, where it
-                    would otherwise write out the squares of differences, in float16. Its reshapes leave the last axis alone
+    GroupNorm       as one layer_norm over each group: Core ML then has one operation that takes care of its own sums,
+                    where it would otherwise write out the squares of differences, in float16. Its reshapes leave the
+                    last axis alone
     time embedding  in float32, see export_coreml.py: 1000 t radians have no decimals left in float16
     masks           as numbers added to the logits, -10000 for padding: a phone's programs take no booleans as inputs
     CLIP            written out, without the last layer and the pooled state, which the student does not read
-    transformers    in (B, C, 1, S), attention in pieces, the gains of norms inside the weights behind them (--layout standard: as
-                    they are in model.py)
-    upsamplers      of the decoder behind their convolution, which then computes 16 products in place of 36 (--layout standard: as
-                    they are in decoder.py)
+    transformers    in (B, C, 1, S), attention in pieces, the gains of norms inside the weights behind them
+                    (--layout standard: as they are in model.py)
+    upsamplers      of the decoder behind their convolution, which then computes 16 products in place of 36
+                    (--layout standard: as they are in decoder.py)
 
-Every form is tested to give the numbers of the original.
+Every form is tested to give the numbers of the original. What coremltools 9.0 does otherwise than one would guess, and
+what is written here because of it, stands in comments that begin with "coremltools:".
 """
 
 import copy
@@ -24,7 +26,9 @@ from torch import nn
 
 from model import Layer, ResBlock, RMSNorm, Transformer2D, rope_table
 
-MASKED = -1e4  # added to the logit of padding; exp() of it is 0 in any precision, and float16 can hold it
+# Added to the logit of padding: exp() of it is 0 in any precision. coremltools: below -65504 it would be -inf in float16,
+# and a row that is masked whole NaN; and a mask of booleans would be an input of float32.
+MASKED = -1e4
 
 
 class LayerNormGroups(nn.Module):
@@ -147,6 +151,7 @@ class PhoneClip(nn.Module):
             h = F.scaled_dot_product_attention(q, k, v, self.causal)
             x = x + attention.out_proj(h.transpose(1, 2).flatten(2))
             h = layer.mlp.fc1(layer.layer_norm2(x))
+            # coremltools: drops keyword arguments, so that gelu(h, approximate="tanh") would be the exact one in silence.
             x = x + layer.mlp.fc2(h * torch.sigmoid(1.702 * h) if self.quick else F.gelu(h))
         return x
 
@@ -210,7 +215,7 @@ def with_norm(norm, linear):
 def normalize(x, eps):
     """LayerNorm over axis 1 without gain and offset, in the form in which coremltools sees one layer_norm."""
     x = x - x.mean(1, keepdim=True)
-    return x * torch.rsqrt((x * x).mean(1, keepdim=True) + eps)
+    return x * torch.rsqrt((x * x).mean(1, keepdim=True) + eps)  # coremltools: 1 / x would be 1 / (x + 1e-4)
 
 
 def pieces(x, most):
@@ -251,6 +256,7 @@ class AneAttention(nn.Module):
         """(B, C, 1, S) -> (B, head_dim, heads, S), normed and turned."""
         x = x.reshape(len(x), self.head_dim, -1, x.shape[3])
         if isinstance(norm, RMSNorm):
+            # coremltools: F.rms_norm would divide by the largest value first, zeros by zero
             x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + norm.eps) * norm.weight[:, None, None]
         return x if rope is None else rotate_channels(x, *rope)
 

@@ -14,6 +14,7 @@ import torch
 from common.encoders import GEMMA_TOKENS, FrozenAutoencoder, FrozenEncoders, Gemma
 from common.seeds import rng
 
+# diffusers: without T5 its SD3 pipeline appends 256 states of zeros, which our students never see.
 EXAMPLE = "a photo of a red circle left of a blue star"
 
 

@@ -3,7 +3,7 @@ import XCTest
 
 @testable import SnapGenPipeline
 
-/// Resources/cases.json of coreml/cases.py, named as in the file; or build/cases.json where SNAPGEN_BUILD names an exported folder.
+/// Resources/cases.json of coreml/pipeline.py, named as in the file; or build/cases.json where SNAPGEN_BUILD names an exported folder.
 struct Cases: Decodable {
     struct Tokens: Decodable { let tokenizer, text: String, ids: [Int], padded: [Int32] }
     struct Times: Decodable { let steps: Int, shift: Float, times: [Float] }
