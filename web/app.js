@@ -118,19 +118,19 @@ export async function sample(prompt, seed, steps, every, show) {
     x = euler(x, v, t, s);
     if (!every && i + 1 < steps) continue;
     show((await run("decoder", { latent: tensor(i + 1 < steps ? predicted : x, shape) })).picture, i + 1);
-    await new Promise((done) => { // lets the browser draw; setTimeout would wait for 4 ms
+    if (i + 1 === steps) return ms;
+    await new Promise((done) => { // lets the browser show it; setTimeout would wait for 4 ms
       const { port1, port2 } = new MessageChannel();
       [port1.onmessage, port2.onmessage] = [done, null];
       port2.postMessage(0);
     });
   }
-  return ms;
 }
 
 function paint({ data, dims: [, , height, width] }) {
   const image = new ImageData(width, height), size = height * width;
-  for (let i = 0; i < size; i++) image.data.set([data[i], data[size + i], data[2 * size + i], 255], 4 * i);
-  Object.assign($("picture"), { width, height });
+  for (let i = 0; i < 4 * size; i++) image.data[i] = i % 4 === 3 ? 255 : data[(i % 4) * size + (i >> 2)];
+  if ($("picture").width !== width || $("picture").height !== height) Object.assign($("picture"), { width, height });
   $("picture").getContext("2d").putImageData(image, 0, 0);
 }
 
@@ -152,8 +152,7 @@ export async function draw() {
     const started = performance.now(), name = `“${prompt}”, seed ${seed}`;
     const once = () => sample(prompt, Number(seed), steps, $("every").checked, (picture, step) => {
       paint(picture);
-      $("picture").ariaLabel = `Picture of ${name}, step ${step} of ${steps}`;
-      say(`Drawing ${name}: step ${step} of ${steps}.`);
+      if (step < steps) say(`Drawing ${name}: step ${step} of ${steps}.`);
     });
     const ms = await once().catch(async (error) => {
       if (state.backend !== "WebGPU") throw error;
@@ -161,6 +160,7 @@ export async function draw() {
       return once();
     });
     const all = performance.now() - started;
+    $("picture").ariaLabel = `Picture of ${name}`;
     tell(ms, all);
     say(`${name}: ${Math.round(all)} ms with ${state.backend}. ${remarks(prompt)}`);
   } catch (error) {
@@ -190,14 +190,11 @@ function remarks(prompt) {
 }
 
 function tell(ms, all) {
-  const { student } = state, one = (part) => (ms[part].length ? median(ms[part]).toFixed(1) : "");
-  const rows = PARTS.map((part) => [student.names[part], one(part), Math.round(state.firstLoad[part]), student.paper[part]]);
-  const table = [["", "this picture", "first load", "the paper"], ...rows, ["whole picture", Math.round(all), "", ""]];
-  $("times").replaceChildren(...table.map((cells, i) => {
-    const row = document.createElement("tr");
-    row.append(...cells.map((textContent, k) => Object.assign(document.createElement(i && k ? "td" : "th"), { textContent })));
-    return row;
-  }));
+  for (const part of PARTS) {
+    $(`${part}-now`).textContent = ms[part].length ? median(ms[part]).toFixed(1) : "";
+    $(`${part}-load`).textContent = Math.round(state.firstLoad[part]);
+  }
+  $("all-now").textContent = Math.round(all);
 }
 
 // What `python latency.py --compare` reads: loads and predictions in milliseconds, as it takes them itself on a Mac.
@@ -211,7 +208,7 @@ export async function measure(predictions = 20, loads = 3) {
   for (const part of PARTS) {
     const again = [];
     for (let i = 0; i < loads; i++) {
-      say(`Measuring: ${student.names[part]}, load ${i + 1} of ${loads}.`);
+      say(`Measuring: ${part}, load ${i + 1} of ${loads}.`);
       [state.sessions[part], again[i]] = await openSession(part, backend);
     }
     parts[part] = { [backend]: { first_load: state.firstLoad[part], load: median(again), load_samples: again,
@@ -256,6 +253,7 @@ async function start() {
   const { student } = state, steps = [...new Set([1, 2, 4, 8, student.steps])].sort((a, b) => a - b);
   $("steps").append(...steps.map((n) => new Option(n, n, n === student.steps, n === student.steps)));
   $("about").textContent = student.about;
+  for (const part of PARTS) $(`${part}-paper`).textContent = student.paper[part];
   $("examples").append(...student.examples.map((prompt) => {
     const button = Object.assign(document.createElement("button"), { type: "button", textContent: prompt });
     button.addEventListener("click", () => (state.busy || ($("prompt").value = prompt), draw()));

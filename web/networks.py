@@ -64,13 +64,14 @@ class WebAttention(nn.Module):
     Queries and keys are normed and turned as (S heads, head_dim), the heads of a pixel one behind the other.
     """
 
-    def __init__(self, attention):
+    def __init__(self, attention, norm=None, own_norm=None):
+        """norm, own_norm: the LayerNorms of the queries' x and of the keys' x, whose gains and offsets move into the weights."""
         super().__init__()
-        for name in ("to_q", "to_v", "to_out", "head_dim", "multi_query"):
-            setattr(self, name, getattr(attention, name))
+        self.head_dim, self.multi_query, self.to_out = attention.head_dim, attention.multi_query, attention.to_out
+        self.to_q, self.to_v = with_norm(norm, attention.to_q), with_norm(own_norm, attention.to_v)
         scale = attention.head_dim**-0.5  # of the logits, inside the key
         normed = isinstance(attention.norm_k, RMSNorm)
-        self.to_k = attention.to_k if normed else linear_of(attention.to_k.weight * scale, None)
+        self.to_k = with_norm(own_norm, attention.to_k if normed else linear_of(attention.to_k.weight * scale, None))
         self.norm_q = WebRMSNorm(attention.norm_q, 1.0) if normed else nn.Identity()
         self.norm_k = WebRMSNorm(attention.norm_k, scale) if normed else nn.Identity()
 
@@ -122,9 +123,8 @@ class WebTransformer(nn.Module):
         super().__init__()
         self.cfg, self.norm, self.proj_in = transformer.cfg, None, None
         if transformer.norm is not None:
-            norm = transformer.norm
-            self.norm = nn.GroupNorm(norm.num_groups, norm.num_channels, norm.eps, affine=False)
-            self.proj_in = with_norm(norm, transformer.proj_in)
+            self.norm = transformer.norm
+            self.proj_in = with_norm(transformer.norm, transformer.proj_in)
         self.blocks, self.proj_out = nn.ModuleList(map(WebBlock, transformer.blocks)), transformer.proj_out
 
     def forward(self, x, text, _):
@@ -132,7 +132,7 @@ class WebTransformer(nn.Module):
         rope = None
         if self.cfg.rope and self.blocks[0].attn1 is not None:
             rope = [table.repeat(1, 2) for table in rope_table(height, width, self.cfg.head_dim)]
-        h = x if self.norm is None else self.norm(x)
+        h = x if self.norm is None else normalize(x, self.norm)
         h = h.reshape(channels, -1).T  # (1, C, H, W) -> (S, C)
         h = h if self.proj_in is None else self.proj_in(h)
         for block in self.blocks:
@@ -147,19 +147,23 @@ class WebBlock(nn.Module):
 
     def __init__(self, block):
         super().__init__()
-        self.norm1, self.norm2, self.norm3 = block.norm1, block.norm2, block.norm3
-        self.attn1 = None if block.attn1 is None else WebAttention(block.attn1)
-        self.attn2 = WebAttention(block.attn2)
-        halves = zip(block.ff.proj_in.weight.chunk(2), block.ff.proj_in.bias.chunk(2), strict=True)
+        self.eps, norm1 = block.norm2.eps, block.norm1
+        self.attn1 = None if block.attn1 is None else WebAttention(block.attn1, norm1, norm1)
+        self.attn2, proj_in = WebAttention(block.attn2, block.norm2), with_norm(block.norm3, block.ff.proj_in)
+        halves = zip(proj_in.weight.chunk(2), proj_in.bias.chunk(2), strict=True)
         self.value, self.gate = (linear_of(*half) for half in halves)
         self.proj_out = block.ff.proj_out
 
     def forward(self, x, key, value, mask, rope):
         if self.attn1 is not None:
-            x = x + self.attn1(self.norm1(x), rope=rope)
-        x = x + self.attn2(self.norm2(x), key, value, mask)
-        h = self.norm3(x)
+            x = x + self.attn1(self.normalize(x), rope=rope)
+        x = x + self.attn2(self.normalize(x), key, value, mask)
+        h = self.normalize(x)
         return x + self.proj_out(self.value(h) * F.gelu(self.gate(h)))
+
+    def normalize(self, x):
+        """LayerNorm without gain and offset, as an InstanceNorm of S channels: three times as fast in ONNX Runtime."""
+        return F.instance_norm(x.reshape(1, *x.shape), eps=self.eps).reshape(x.shape)
 
 
 class WebTime(nn.Module):
@@ -181,12 +185,31 @@ class WebResBlock(nn.Module):
 
     def __init__(self, block):
         super().__init__()
-        self.norm1, self.conv1, self.norm2, self.shortcut = block.norm1, block.conv1, block.norm2, block.shortcut
-        self.conv2 = block.conv2
+        self.norm1, self.norm2 = WebGroupNorm(block.norm1), WebGroupNorm(block.norm2)
+        self.conv1, self.conv2, self.shortcut = block.conv1, block.conv2, block.shortcut
 
     def forward(self, x, time):
         h = self.conv1(F.silu(self.norm1(x))) + next(time)
         return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+def normalize(x, norm):
+    """nn.GroupNorm of (1, C, H, W) without gain and offset: (1, groups, -1)."""
+    return F.instance_norm(x.reshape(1, norm.num_groups, -1), eps=norm.eps)
+
+
+class WebGroupNorm(nn.Module):
+    """nn.GroupNorm, with gain and offset as one operation."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, ones = norm, torch.ones(norm.num_channels)
+        self.register_buffer("mean", 0 * ones)
+        self.register_buffer("variance", ones)
+
+    def forward(self, x):
+        h = normalize(x, self.norm).reshape(x.shape)
+        return F.batch_norm(h, self.mean, self.variance, self.norm.weight, self.norm.bias, eps=0.0)
 
 
 class Pointwise(nn.Module):
@@ -210,6 +233,7 @@ class WebUNet(nn.Module):
         self.sizes = [attention.to_k.out_features for attention in cross_attentions(unet)]
         unet = copy.deepcopy(unet).eval()
         unet.time_mlp = WebTime(unet.time_mlp, [m for m in unet.modules() if isinstance(m, ResBlock)])
+        unet.norm_out = WebGroupNorm(unet.norm_out)
         replace_modules(replace_modules(unet, Transformer2D, WebTransformer), ResBlock, WebResBlock)
         self.unet = replace_modules(unet, nn.Conv2d, lambda conv: Pointwise(conv) if conv.kernel_size == (1, 1) else conv)
 
@@ -223,7 +247,8 @@ class WebDecoder(nn.Module):
 
     def __init__(self, decoder):
         super().__init__()
-        self.decoder = replace_modules(copy.deepcopy(decoder).eval(), Upsample, transposed)
+        decoder = replace_modules(copy.deepcopy(decoder).eval(), Upsample, transposed)
+        self.decoder = replace_modules(decoder, nn.GroupNorm, WebGroupNorm)
 
     def forward(self, latent):
         return ((self.decoder(latent) + 1) * 127.5).clamp(0, 255)
