@@ -8,13 +8,15 @@ const $ = (id) => document.getElementById(id);
 const PARTS = ["text_encoder", "unet", "decoder"];
 const RUNTIMES = { WebGPU: ["ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify"],
                    WebAssembly: ["ort.wasm.min.mjs", "ort-wasm-simd-threaded"] };
-export const state = { sessions: {}, firstLoad: {}, busy: "", note: "" }; // and student, tokenizers, ort, backend, lost
+// And student, tokenizers, ort, backend, lost.
+export const state = { sessions: {}, firstLoad: {}, busy: "", note: "" };
 
 // ----------------------------------------------------------------------------------------------------
 // Files and networks
 
 class Told extends Error {} // a sentence for the page
-const broken = (what, advice) => new Told(`The download of ${what} broke off: check the connection and ${advice}.`);
+const CONNECTION = "broke off: check the connection and";
+const broken = (what, advice) => new Told(`The download of ${what} ${CONNECTION} ${advice}.`);
 
 // A file of the page, unpacked; kept for the next visit where the browser can (by https, or on this machine).
 async function load(name, version) {
@@ -103,8 +105,8 @@ export async function sample(prompt, seed, steps, every, show) {
     return out;
   };
   const read = (text) => {
-    const [tokens, tokens_2] = tokenizers.map((t) => tensor(t.padded(text, student.tokens), [1, student.tokens], "int32"));
-    return run("text_encoder", { tokens, tokens_2 });
+    const length = student.tokens, ids = tokenizers.map((t) => tensor(t.padded(text, length), [1, length], "int32"));
+    return run("text_encoder", { tokens: ids[0], tokens_2: ids[1] });
   };
   const text = await read(prompt), empty = student.guidance === 1 ? null : await read("");
   let x = noise(generatorOf(seed), shape.reduce((a, b) => a * b));
@@ -144,9 +146,11 @@ export async function draw() {
     if (!state.backend) await open();
     const { student } = state, prompt = $("prompt").value.trim();
     const seed = $("seed").value, steps = Number($("steps").value);
-    if (!prompt) throw new Told(`Type what you would like to see, such as “${student.examples[0] ?? "a photo"}”.`);
+    if (!prompt) {
+      throw new Told(`Type what you would like to see, such as “${student.examples[0] ?? "a photo of a cat"}”.`);
+    }
     if (!/^\d+$/.test(seed) || !Number.isSafeInteger(Number(seed))) {
-      throw new Told("The seed is a whole number, 0 or above: it picks the noise that the drawing begins with.");
+      throw new Told("The seed is a whole number, 0 or above: it picks the noise that a drawing begins with.");
     }
     state.busy = "drawing";
     const started = performance.now(), name = `“${prompt}”, seed ${seed}`;
@@ -191,13 +195,13 @@ function remarks(prompt) {
 
 function tell(ms, all) {
   for (const part of PARTS) {
-    $(`${part}-now`).textContent = ms[part].length ? median(ms[part]).toFixed(1) : "";
-    $(`${part}-load`).textContent = Math.round(state.firstLoad[part]);
+    $(part).cells[1].textContent = median(ms[part]).toFixed(1);
+    $(part).cells[2].textContent = Math.round(state.firstLoad[part]);
   }
-  $("all-now").textContent = Math.round(all);
+  $("all").cells[1].textContent = Math.round(all);
 }
 
-// What `python latency.py --compare` reads: loads and predictions in milliseconds, as it takes them itself on a Mac.
+// What `python latency.py --compare` reads: loads and predictions in milliseconds, as on a Mac.
 export async function measure(predictions = 20, loads = 3) {
   const { student, backend } = state, parts = {}, all = { text_encoder: [], unet: [], decoder: [] };
   for (let i = 0; i < predictions; i++) {
@@ -230,9 +234,9 @@ async function saveReport() {
   if (state.busy || !state.backend) return draw();
   state.busy = "measuring";
   try {
-    const text = JSON.stringify(await measure(), null, 2), link = document.createElement("a");
-    Object.assign(link, { href: URL.createObjectURL(new Blob([text], { type: "application/json" })), download: "browser.json" });
-    link.click();
+    const file = new Blob([JSON.stringify(await measure(), null, 2)], { type: "application/json" });
+    const link = document.createElement("a");
+    Object.assign(link, { href: URL.createObjectURL(file), download: "browser.json" }).click();
     say("browser.json is saved: python latency.py --compare browser.json sets it beside the paper's numbers.");
   } catch (error) {
     say(`This could not be measured: ${error.message}.`);
@@ -248,12 +252,12 @@ async function start() {
   try {
     state.student = await (await fetch("student.json")).json();
   } catch (error) {
-    return say("The download of student.json broke off: check the connection and load the page again.");
+    return say(broken("student.json", "tap Draw to try again").message);
   }
   const { student } = state, steps = [...new Set([1, 2, 4, 8, student.steps])].sort((a, b) => a - b);
   $("steps").append(...steps.map((n) => new Option(n, n, n === student.steps, n === student.steps)));
   $("about").textContent = student.about;
-  for (const part of PARTS) $(`${part}-paper`).textContent = student.paper[part];
+  for (const part of PARTS) $(part).cells[3].textContent = student.paper[part];
   $("examples").append(...student.examples.map((prompt) => {
     const button = Object.assign(document.createElement("button"), { type: "button", textContent: prompt });
     button.addEventListener("click", () => (state.busy || ($("prompt").value = prompt), draw()));

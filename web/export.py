@@ -174,7 +174,7 @@ def describe(args, unet, decoder, config, side):
         "about": about, "latent_channels": unet.cfg.latent_channels, "side": side, "steps": sampling["steps"],
         "times": sampling.get("times") or flow.sampling_timesteps(sampling["steps"], sampling["shift"]).tolist(),
         "shift": sampling["shift"], "guidance": sampling["guidance"], "interval": sampling.get("guidance_interval", (0, 1)),
-        "examples": [] if own else prompts_of("val", 2, 0), "words": sorted(words), "names": NAMES, "paper": PAPER,
+        "examples": [] if own else prompts_of("val", 2, 0), "words": sorted(words), "paper": PAPER,
     }  # fmt: skip
 
 
@@ -187,8 +187,6 @@ def pack(data, path):
 
 def copy_page(out):
     """The page and the runtime, its WebAssembly compressed. Returns (version, {backend: packed bytes})."""
-    if not (RUNTIME / "package.json").is_file():
-        raise SystemExit("onnxruntime-web is not installed: npm ci --prefix web")
     packed = {}
     for name in ("index.html", "app.js", "student.js", "sw.js"):
         shutil.copyfile(HERE / name, out / name)
@@ -217,6 +215,10 @@ def export(args):
     side, step = args.latent or config["latent_size"][0], 2 ** (len(unet.cfg.channels) - 1)
     if side % step:
         raise SystemExit(f"--latent must be a multiple of {step}, not {side}.")
+    if args.out.exists() and any(args.out.iterdir()) and not (args.out / "student.json").is_file():
+        raise SystemExit(f"{args.out} holds other files, which would be lost: give another --out.")
+    if not (RUNTIME / "package.json").is_file():
+        raise SystemExit("onnxruntime-web is not installed: npm ci --prefix web")
     about = describe(args, unet, decoder, config, side)
     decoder.to(memory_format=torch.contiguous_format)
     networks = make_networks(unet, decoder, encoders, getattr(encoders.gemma, "states", None), side)

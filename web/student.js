@@ -88,7 +88,8 @@ export class Tokenizer {
     this.ids = new Map(Object.entries(file.model.vocab));
     file.added_tokens.forEach((token) => this.ids.set(token.content, token.id));
     this.ranks = new Map(file.model.merges.map(([left, right], i) => [`${left} ${right}`, i]));
-    [this.start, this.end, this.padding] = ["bos", "eos", "pad"].map((name) => this.ids.get(settings[`${name}_token`]));
+    const special = ["bos", "eos", "pad"].map((name) => this.ids.get(settings[`${name}_token`]));
+    [this.start, this.end, this.padding] = special;
     const added = file.added_tokens.map((token) => token.content.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"));
     this.added = new RegExp(`(${added.sort((a, b) => b.length - a.length).join("|")})`, "u");
   }

@@ -1,5 +1,5 @@
-// Offline after the first visit: what the page has once loaded comes from the cache, unless the network has something newer.
-// The large files carry a hash in their address (?v=), so that they never change; app.js puts them there itself.
+// Offline after the first visit: what the page has loaded once comes from the cache, or newer from the network.
+// Large files carry a hash in their address (?v=) and never change; app.js puts them into the cache itself.
 const NAME = "snapgen";
 
 self.addEventListener("install", () => self.skipWaiting());
