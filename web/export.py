@@ -37,6 +37,7 @@ from common.seeds import rng
 from coreml.layers import PhoneText
 from coreml.texts import EXAMPLE, open_encoders, tokens_of
 from coreml.verify import decibels
+from data import PROMPTS
 from decoder import load_decoder
 from evaluate import prompts_of
 from latency import PAPER
@@ -167,14 +168,14 @@ def describe(args, unet, decoder, config, side):
     captions = [] if own else prompts_of("train", 500, 0)
     words = {word for caption in captions for word in re.findall(r"[^\W\d_]+", caption.lower())}
     sizes = [sum(p.numel() for p in network.parameters()) / 1e6 for network in (unet, decoder)]
-    about = (f"The student: {args.model}, a UNet of {sizes[0]:.1f} M parameters and a decoder of {sizes[1]:.2f} M, for {side}x{side} "
-             f"latents and pictures of {8 * side} pixels. The paper's: 379 M and 1.38 M, for 128x128 latents and 1024 pixels, by "
-             "Core ML on a phone's neural engine.")  # fmt: skip
+    about = (f"The student: {args.model}, a UNet of {sizes[0]:.1f} M parameters and a decoder of {sizes[1]:.2f} M, for "
+             f"{side}x{side} latents and pictures of {8 * side} pixels. The paper's: 379 M and 1.38 M, for 128x128 latents and "
+             "1024 pixels, by Core ML on a phone's neural engine.")  # fmt: skip
     return {
         "about": about, "latent_channels": unet.cfg.latent_channels, "side": side, "steps": sampling["steps"],
         "times": sampling.get("times") or flow.sampling_timesteps(sampling["steps"], sampling["shift"]).tolist(),
         "shift": sampling["shift"], "guidance": sampling["guidance"], "interval": sampling.get("guidance_interval", (0, 1)),
-        "examples": [] if own else prompts_of("val", 2, 0), "words": sorted(words), "paper": PAPER,
+        "examples": [] if own else list(PROMPTS), "words": sorted(words), "paper": PAPER,
     }  # fmt: skip
 
 
@@ -201,16 +202,18 @@ def copy_page(out):
 def check_size(files, parameters):
     """Prints what the networks weigh. Raises SystemExit when those of a small UNet weigh too much."""
     total = sum(files[name]["bytes"] for name in NAMES)
-    sentence = f"the networks weigh {total / 1e6:.1f} MB, {'' if total <= MOST_BYTES else 'more than '}the {MOST_BYTES / 1e6:.0f} MB "
-    if total > MOST_BYTES and parameters <= SMALL_UNET:
-        raise SystemExit(f"{sentence}that a UNet of {parameters / 1e6:.1f} M parameters may: something is stored twice.")
-    print(sentence + ("that a phone may be sent" if total <= MOST_BYTES else
-                      f"that a phone should be sent: a UNet of {parameters / 1e6:.1f} M parameters does not fit"))  # fmt: skip
+    sizes, unet = f"the networks weigh {total / 1e6:.1f} MB, ", f"a UNet of {parameters / 1e6:.1f} M parameters"
+    if total <= MOST_BYTES:
+        print(f"{sizes}within the {MOST_BYTES / 1e6:.0f} MB that a phone is to be sent")
+    elif parameters <= SMALL_UNET:
+        raise SystemExit(f"{sizes}and those of {unet} have to stay within {MOST_BYTES / 1e6:.0f} MB: something is stored twice.")
+    else:
+        print(f"{sizes}more than the {MOST_BYTES / 1e6:.0f} MB that a phone is to be sent: {unet} does not fit")
 
 
 def export(args):
     (unet, config), (decoder, decoder_config) = load_student(args.model), load_decoder(args.decoder)
-    encoders, names, _, _ = open_encoders(args, unet.cfg, config)
+    encoders, *_ = open_encoders(args, unet.cfg, config)
     check_encoders(config, encoders), check_encoders(decoder_config, encoders)
     side, step = args.latent or config["latent_size"][0], 2 ** (len(unet.cfg.channels) - 1)
     if side % step:
@@ -236,8 +239,8 @@ def export(args):
     config = {**config, "latent_size": [side, side]}
     whole = picture_decibels(draw_pictures(unet, config, encoders, [prompt], [0], decoder=decoder)[0],
                              draw(models, about, encoders, prompt, 0))  # fmt: skip
-    if whole < PICTURE_BAR:
-        raise SystemExit(f"a whole picture has {whole:.1f} dB of sample.py's (at least {PICTURE_BAR}), so the page was not written.")
+    if not whole >= PICTURE_BAR:
+        raise SystemExit(f"a whole picture is {whole:.1f} dB from sample.py's (at least {PICTURE_BAR}), and was not written.")
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".") as scratch:
@@ -343,7 +346,8 @@ def parse_arguments(argv=None):
     p.add_argument("--teacher", metavar="DIR", help="SD3 folder with the text encoders, if not the one in the student's config")
     p.add_argument("--latent", type=integer(1), metavar="SIDE", help="side of the latent, if not the one trained on")
     p.add_argument("--gemma", choices=("none",), help="leave Gemma out of a student that was trained with it")
-    p.add_argument("--out", metavar="DIR", type=Path, default=Path("build/web"), help="where the page goes; what is there is replaced")
+    p.add_argument("--out", metavar="DIR", type=Path, default=Path("build/web"),
+                   help="where the page goes; an older one is replaced")  # fmt: skip
     p.add_argument("--serve", type=integer(0, 65535), metavar="PORT", help="then serve the page to this network")
     return p.parse_args(argv)
 
