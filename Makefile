@@ -1,20 +1,30 @@
 # make demo   a fresh machine to pictures: environment, a grid from the trained student, a short training, its score
 # make lab    the lab hour: your own student through every stage, from random weights to packages; goes on where it was stopped
-# make test   environment and tests
+# make test   environment and tests; those of the web page where npm and a Chromium are
+# make web    the student in a web page: exported, verified and served, with its address for a phone beside this machine
 # Without make: the commands below, one after the other; README.md shows the first few.
 
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo lab test lint clean
+.PHONY: demo lab test web lint clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt
 	touch $@
 
+# The browser's runtime, as package-lock.json pins it. Without npm the tests that need it say so.
+web/node_modules/installed: web/package-lock.json
+	npm ci --prefix web --ignore-scripts --no-audit --no-fund
+	touch $@
+
 test: .venv/installed
+	command -v npm > /dev/null && $(MAKE) web/node_modules/installed || true
 	$(PY) -m pytest
+
+web: .venv/installed web/node_modules/installed
+	$(PY) -m web.export --serve 8000
 
 lint: .venv/installed
 	$(PY) -m ruff check .
@@ -55,4 +65,4 @@ lab: .venv/installed
 	$(PY) -m studies.lab --resume $(LAB)
 
 clean:
-	rm -rf .venv runs/cache runs/demo
+	rm -rf .venv runs/cache runs/demo web/node_modules

@@ -513,7 +513,7 @@ MEASURED = {
                 "--compile --out runs/zoo_4", "runs/zoo_4/gan.png"),
     "bits.png": ("python -m studies.bits", "runs/studies/bits/bits.png"),
     "phone.png": ("python export_coreml.py", "build/pictures.png"),
-    "demo.png": ("python -m course.demo --screenshot assets/readme/demo.png", "assets/readme/demo.png"),
+    "web.png": ("SNAPGEN_SCREENSHOTS=runs python -m pytest tests/test_web.py -k fits", "runs/1280-light.png"),
     "emoji.png": ("python sample.py", "runs/emoji.png"),
     "emoji_autoencoder.png": ("from common.encoders import FrozenAutoencoder", "runs/emoji_autoencoder.png"),
 }  # fmt: skip

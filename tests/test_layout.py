@@ -11,12 +11,12 @@ import pytest
 from common import arguments
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("common", "coreml", "studies", "assets", "course")
+FOLDERS = ("common", "coreml", "studies", "assets", "course", "web")
 FILES = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")
-                                     if path.parent.name not in ("exercises", "solutions"))])  # fmt: skip
+                                     if not {"exercises", "solutions", "node_modules"} & set(path.parts))])  # fmt: skip
 NAMES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in FILES}
 # Everything else at the top: 2, a stage.
-LEVELS = {"flow": 0, "model": 0, "common": 1, "coreml": 1, "studies": 3, "assets": 3, "course": 3}
+LEVELS = {"flow": 0, "model": 0, "common": 1, "coreml": 1, "studies": 3, "assets": 3, "course": 3, "web": 3}
 SCRIPTS = [name for path, name in NAMES.items()
            if re.search("^if __name__", path.read_text(encoding="utf-8"), flags=re.M)]  # fmt: skip
 

@@ -19,7 +19,9 @@ import logging
 import re
 import shutil
 import socket
+import statistics
 import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -59,19 +61,20 @@ SMALLEST = 256  # numbers in a tensor that is worth halving
 
 
 def make_networks(unet, decoder, encoders, tail, side):
-    """{part: (module, {input: example}, {output: what the original network says to it}, unit of the outputs)}"""
+    """{part: (module, {input: example}, {output: what is expected}, unit of the outputs, the original network's call)}"""
     channels, width = unet.cfg.latent_channels, unet.cfg.text_dim
     tokens = dict(zip(("tokens", "tokens_2"), tokens_of(encoders, [EXAMPLE]), strict=True))
     latent, t = torch.randn(1, channels, side, side, generator=rng(0, side)), torch.full((1,), 0.9)
     text = WebText(PhoneText(encoders.text_encoders, width, encoders.tokenizers[0].eos_token_id, tail), unet).eval()
+    read = functools.partial(encoders.student_text, [EXAMPLE], width)
     with torch.no_grad():
+        call_unet, call_decoder = functools.partial(unet, latent, t, *read()), functools.partial(decoder.decode_latents, latent)
         states = dict(zip(("keys", "values", "mask"), text(**tokens), strict=True))
-        velocity = unet(latent, t, *encoders.student_text([EXAMPLE], width))
-        picture = (decoder(latent).clamp(-1, 1) + 1) * 127.5
-    return {
-        "text_encoder": (text, tokens, states, 1.0),  # states are checked where the original UNet reads its own text
-        "unet": (WebUNet(unet).eval(), {"latent": latent, "t": t} | states, {"velocity": velocity}, 1.0),
-        "decoder": (WebDecoder(decoder).eval(), {"latent": latent}, {"picture": picture}, 127.5),
+        velocity, picture = call_unet(), (call_decoder() + 1) * 127.5
+    return {  # states are checked where the original UNet, which reads its own text, says the same
+        "text_encoder": (text, tokens, states, 1.0, read),
+        "unet": (WebUNet(unet).eval(), {"latent": latent, "t": t} | states, {"velocity": velocity}, 1.0, call_unet),
+        "decoder": (WebDecoder(decoder).eval(), {"latent": latent}, {"picture": picture}, 127.5, call_decoder),
     }
 
 
@@ -131,6 +134,17 @@ def verify(name, model, small, inputs, expected, unit):
                          f"{worst:.1f} dB from float16 weights (at least {FLOAT16_BAR}), so the page was not written. Train on, "
                          "or export another student.")  # fmt: skip
     return error, worst
+
+
+def milliseconds(call, n=20):
+    """Median of the processor time of a call, after three."""
+    times = []
+    with torch.no_grad():
+        for _ in range(n + 3):
+            start = time.process_time()
+            call()
+            times.append(1000 * (time.process_time() - start))
+    return statistics.median(times[3:])
 
 
 def draw(models, about, encoders, prompt, seed):
@@ -223,18 +237,18 @@ def export(args):
     if not (RUNTIME / "package.json").is_file():
         raise SystemExit("onnxruntime-web is not installed: npm ci --prefix web")
     about = describe(args, unet, decoder, config, side)
-    decoder.to(memory_format=torch.contiguous_format)
+    torch.set_num_threads(1)  # as a page has
     networks = make_networks(unet, decoder, encoders, getattr(encoders.gemma, "states", None), side)
     models, report = {}, {}
-    print(f"{'network':16}{'float32 error':>14}{'float16 dB':>12}{'operations':>12}{'MB':>8}{'sent MB':>9}")
-    for name, (module, inputs, expected, unit) in networks.items():
+    print("network         float32 error  float16 dB  operations      MB  sent MB   ms of one thread: PyTorch  ONNX Runtime")
+    for name, (module, inputs, expected, unit, original) in networks.items():
         model = to_onnx(module, inputs, expected)
         small = halve(model)
         report[name] = verify(name, model, small, inputs, expected, unit)
         models[name], operations = small.SerializeToString(), len(model.graph.node)
-        sent = len(gzip.compress(models[name], 9))
-        print(f"{NAMES[name]:16}{report[name][0]:14.1e}{report[name][1]:12.1f}{operations:12}"
-              f"{len(models[name]) / 1e6:8.2f}{sent / 1e6:9.2f}")  # fmt: skip
+        sent, there = len(gzip.compress(models[name], 9)), milliseconds(functools.partial(open_session(model), inputs))
+        print(f"{NAMES[name]:16}{report[name][0]:13.1e}{report[name][1]:12.1f}{operations:12}{len(models[name]) / 1e6:8.2f}"
+              f"{sent / 1e6:9.2f}{milliseconds(original):28.2f}{there:14.2f}")  # fmt: skip
     prompt = (about["examples"] or [EXAMPLE])[0]
     config = {**config, "latent_size": [side, side]}
     whole = picture_decibels(draw_pictures(unet, config, encoders, [prompt], [0], decoder=decoder)[0],

@@ -247,7 +247,8 @@ class WebDecoder(nn.Module):
 
     def __init__(self, decoder):
         super().__init__()
-        decoder = replace_modules(copy.deepcopy(decoder).eval(), Upsample, transposed)
+        decoder = copy.deepcopy(decoder).eval().to(memory_format=torch.contiguous_format)
+        decoder = replace_modules(decoder, Upsample, transposed)
         self.decoder = replace_modules(decoder, nn.GroupNorm, WebGroupNorm)
 
     def forward(self, latent):
