@@ -1,188 +1,167 @@
 """Pictures with captions, and the latents that training reads.
 
-Pictures come from the shapes world (`common/shapes.py`) or from a folder of your own: `x.png` beside `x.txt`, or Hugging Face's
-`metadata.jsonl`. Both pass once through the frozen encoders (`common/encoders.py`), and training reads the cached latents and text
-states: the paper trains in the latent space of SD3's autoencoder (Sec. 3.2), so no stage but the decoder's sees a pixel.
+Pictures come from the shapes world (`common/shapes.py`), from a folder of your own (x.png beside x.txt, or Hugging Face's
+metadata.jsonl), from ImageNet's folder, WebDataset's .tar files, or the hub. All of them pass once through the frozen
+encoders (`common/encoders.py`), and training reads the latents and text states: the paper trains in the latent space of
+SD3's autoencoder (Sec. 3.2), so no stage but the decoder's sees a pixel.
 
     python data.py --out shapes.png         # a captioned contact sheet of the shapes world
     python data.py --data DIR --out my.png  # the same for your own folder: does it load as you think?
-    python data.py encode SOURCE --out DIR  # large data sets (ImageNet, WebDataset): encoded once into shards (common/shards.py)
+    python data.py encode SOURCE --out DIR  # large data sets (ImageNet, WebDataset): encoded once, before training
+
+What is encoded lies in Arrow files (common/tables.py): a step reads its rows of them from the disk, and a million
+pictures take no memory. In a folder DIR:
+
+    source-*.arrow    what was found in .tar files
+    pictures-*.arrow  name, captions, latent (16 x h x w in half precision), or the reason why it was left out
+    captions.arrow, caption_ids.arrow    every caption once, the empty one first; which of them a picture has
+    text-*.arrow      of each caption the states of both CLIPs, their pooled states, and of Gemma the real tokens
+    index.json        written last: sizes, and how many were left out
 """
 
 import functools
 import hashlib
 import json
 import math
+import os
 import sys
-import warnings
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
-import torch
+import pyarrow.compute as pc
+from datasets import Dataset
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
-from common import parallel, shards
-from common.arguments import Parser, integer
-from common.checkpoint import save_atomically
-from common.encoders import join_text, pad_text
+from common import arguments, parallel, sources
+from common.arguments import Parser, integer, real
+from common.checkpoint import save_atomically, save_json
+from common.device import half, pick_device
+from common.encoders import FrozenEncoders
+from common.latents import CAPTIONS, IDS, PICTURES, TEXTS, open_latents, text_columns
 from common.pictures import CACHE, to_tensor
-from common.seeds import batch_indices, choose_one, pad_choices, rng
 from common.shapes import SPLITS, ShapesWorld
-from common.sources import CaptionedFolder, is_raw
+from common.tables import column, is_whole, map_in_parts, open_tables, save_table
 from model import PRESETS
 
+PER_PART = 4096  # pictures, or captions, in a file: what a kill undoes at most
+
 # ------------------------------------------------------------------------------------------------------------------
-# Latents and text states, computed once by the frozen encoders
+# Encoding
 
 
-@dataclass
-class Latents:
-    """What training reads. N pictures, K distinct captions; caption 0 is the empty one (dropped captions use it).
+def encode(rows, load, encoders, folder, settings, source, text=None, per_part=PER_PART, batch=64, workers=8):
+    """Pass pictures and captions through the frozen encoders, into `folder`; what is there is not made again.
 
-    latents (N, 16, h, w) float16, model latents; caption_ids (N,) int64 into `captions`, or (N, M) where pictures have
-    several, -1 behind the shorter ones: training takes one by chance;
-    states (K, T, D) float16, mask (K, T) bool, pooled (K, P) float16: see FrozenEncoders.encode_text;
-    gemma (K, T', D') float16, gemma_mask (K, T') bool: see Gemma.encode; None without it;
-    first_clip: channels of `states` that belong to the first of the two CLIPs;
-    text_dim: width of the states that text() gives, if not their own; name: stands for the pictures, to tell data sets apart.
+    Args:
+        rows: a datasets.Dataset; load: (row, its number) -> (name, [caption, ...], picture (PIL) or why it is left out).
+        settings: what the result depends on besides the encoders: "name" stands for the pictures, "side" is theirs.
+        source: what the pictures are called in a message.
+        text: where the text goes, or is from another resolution; None: into `folder`.
     """
-
-    latents: torch.Tensor
-    caption_ids: torch.Tensor
-    captions: list
-    states: torch.Tensor
-    mask: torch.Tensor
-    pooled: torch.Tensor
-    gemma: torch.Tensor | None = None
-    gemma_mask: torch.Tensor | None = None
-    first_clip: int | None = None
-    text_dim: int | None = None
-    name: str = ""
-    streamed = False  # ShardedLatents is: then nothing can be computed for all captions at once
-
-    def __len__(self):
-        return len(self.latents)
-
-    @property
-    def shape(self):
-        """Of one latent: (16, h, w)."""
-        return self.latents.shape[1:]
-
-    @functools.cached_property
-    def longest(self):
-        """Tokens of the longest caption. What lies behind is padding for all of them, and attention there is wasted."""
-        return int(self.mask.any(0).sum())
-
-    @property
-    def several_encoders(self):
-        """Whether captions may be dropped from one encoder and not from another: see text()."""
-        return self.gemma is not None
-
-    def caption_of(self, i):
-        """The caption of picture i."""
-        return self.captions[choose_one(self.caption_ids)[i]]
-
-    def pictures(self, index, chance=None):
-        """(latents (B, 16, h, w) float32, caption ids (B,)) of these pictures: of several captions the one that `chance` (B,),
-        numbers in [0, 1), picks; or the first."""
-        return self.latents[index].float(), choose_one(self.caption_ids[index], chance)
-
-    def text(self, ids):
-        """(states (B, T, text_dim) float16, mask (B, T)) of captions, for the student.
-
-        ids is (B,): a caption for each picture, 0 the empty one. With Gemma, training drops each encoder by itself; then ids is
-        (B, 3), a column each for CLIP-L, CLIP-G and Gemma, and a dropped encoder reads caption 0. Whoever wants the caption of
-        the picture takes the row's maximum: 0 only if all three have dropped it.
-        """
-        if self.gemma is None:
-            states = self.states[ids, : self.longest]
-            fits = self.text_dim in (None, states.shape[-1])
-            return states if fits else self.fit(states), self.mask[ids, : self.longest]
-        large, giant, gemma = (ids if ids.dim() == 1 else ids[:, i] for i in range(3))
-        clip = self.states[giant, : self.longest]
-        clip[..., : self.first_clip] = self.states[large, : self.longest, : self.first_clip]
-        mask = self.mask[torch.maximum(large, giant), : self.longest]
-        states, mask = join_text([(clip, mask), (self.gemma[gemma], self.gemma_mask[gemma])])
-        return self.fit(states), mask
-
-    def fit(self, states):
-        return pad_text(states, self.text_dim or states.shape[-1], self.first_clip)
-
-    def clip(self, ids):
-        """(states (B, T, D), pooled (B, P)) float16 of captions, both CLIPs alone and padding included: for the teacher.
-
-        With an id for each encoder, (B, 3), the teacher sees the caption unless all have dropped it.
-        """
-        ids = ids if ids.dim() == 1 else ids.amax(1)
-        return self.states[ids], self.pooled[ids]
-
-    def batch(self, seed, step, size, rows=slice(None)):
-        """(latents (B, 16, h, w) float32, caption_ids (B,)) of one training step; with `rows`, of a part of its batch."""
-        chance = torch.rand(size, generator=rng(seed, step, 7))
-        return self.pictures(batch_indices(seed, step, size, len(self))[rows], chance[rows])
-
-
-def cached(path, compute):
-    """The tensors and captions in a safetensors file, or what `compute()` returns, saved there for the next run."""
-    if path.is_file():
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, json.loads(bytes(tensors.pop("captions").numpy()))
-        except (safetensors.SafetensorError, KeyError, ValueError):
-            warnings.warn(f"{path} is damaged; computing it again", stacklevel=3)
-    tensors, captions = compute()
-    shards.save_shard(tensors, path, captions=captions)
-    return tensors, captions
-
-
-def encode_dataset(dataset, encoders, cache=CACHE, batch=None):
-    """Pass a dataset through the frozen encoders once: Latents, cached as two or three safetensors files in `cache`.
-
-    The files' names are hashes of the dataset's content and of the encoders' weights, so another picture, caption or
-    encoder never meets an old cache. `batch` defaults to as many pictures as make 64 of 128x128 pixels.
-    """
-    batch = batch or max(1, 64 * 128**2 // math.prod(dataset[0][0].size))
-
-    def key(*parts):
-        return hashlib.sha256(json.dumps(["captions as bytes", *parts]).encode()).hexdigest()[:16]
-
-    def encode_pictures():
-        captions, ids, latents = {"": 0}, [], []
-        bar = tqdm(total=len(dataset), desc="encoding pictures", unit=" pictures", mininterval=1, disable=None)
-        for start in range(0, len(dataset), batch):
-            items = [dataset[i] for i in range(start, min(start + batch, len(dataset)))]
-            latents.append(
-                encoders.encode_pictures(to_tensor([picture for picture, _ in items])).half().cpu().contiguous()
-            )
-            for i, (_, caption) in enumerate(items, start):
-                texts = dataset.captions(i) if hasattr(dataset, "captions") else [caption]
-                ids.append([captions.setdefault(text, len(captions)) for text in texts or [caption]])
-            bar.update(len(items))
-        bar.close()
-        return {"latents": torch.cat(latents), "caption_ids": pad_choices(ids)}, list(captions)
-
-    def encode_captions():
-        states, mask, pooled = encoders.encode_captions(captions, batch)
-        return {"states": states, "mask": mask, "pooled": pooled}, captions
-
-    def encode_gemma():
-        states, mask = encoders.gemma.encode(captions)
-        longest = int(mask.any(0).sum())
-        return {"gemma": states[:, :longest].contiguous(), "gemma_mask": mask[:, :longest].contiguous()}, captions
-
+    text = text or folder
+    of_text = {"encoders": encoders.fingerprint(*encoders.parts[1:]), "gemma": encoders.gemma and encoders.gemma.fingerprint(),
+               "per_part": per_part}  # fmt: skip
+    settings = {**settings, "per_part": per_part, "encoders": encoders.fingerprint(*encoders.parts), "gemma": of_text["gemma"]}
     with parallel.first_alone():
-        name = key(dataset.name, encoders.fingerprint("vae"))
-        pictures, captions = cached(Path(cache) / f"latents-{name}.safetensors", encode_pictures)
-        name = key(*captions, encoders.fingerprint("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-        text, _ = cached(Path(cache) / f"text-{name}.safetensors", encode_captions)
-        if encoders.gemma is not None:
-            name = key(*captions, encoders.gemma.fingerprint())
-            text |= cached(Path(cache) / f"gemma-{name}.safetensors", encode_gemma)[0]
-    return Latents(captions=captions, **pictures, **text, first_clip=encoders.first_clip, name=dataset.name)
+        begin({folder / "settings.json": settings, text / "text-settings.json": of_text})
+
+    def encode_pictures(columns, numbers):
+        some = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        names, captions, found = zip(*pool.map(load, some, numbers), strict=True)
+        pictures = [picture for picture in found if not isinstance(picture, str)]
+        latents = iter(encoders.encode_pictures(to_tensor(pictures)).half().cpu().numpy() if pictures else ())
+        reasons = [picture if isinstance(picture, str) else None for picture in found]
+        kept = [None if reason else next(latents).tobytes() for reason in reasons]
+        return {"name": names, "captions": captions, "reason": reasons, "latent": kept}
+
+    def encode_text(columns, numbers):
+        captions = columns["caption"]
+        gemma = encoders.gemma.encode(captions, batch) if encoders.gemma else ()
+        return text_columns(*encoders.encode_captions(captions, batch), *gemma)
+
+    side = settings["side"] // encoders.factor
+    sizes = {"per_part": per_part, "batch": batch}
+    with ThreadPoolExecutor(workers) as pool:
+        latent = encoders.latent_channels, side, side
+        pictures = map_in_parts(rows, encode_pictures, PICTURES, folder, "pictures", row_bytes=2 * math.prod(latent), **sizes)
+    captions = number_captions(pictures, folder, text)
+    token_bytes = 2 * encoders.max_tokens * encoders.text_dim
+    texts = map_in_parts(captions, encode_text, TEXTS, text, "text", row_bytes=token_bytes, unit="captions", **sizes)
+    left_out = sources.LeftOut(column(pictures, "name"), column(pictures, "reason"))
+    if left_out.total() == len(pictures):
+        raise SystemExit(sources.nothing_left(source, left_out))
+    if parallel.rank() == 0 and left_out:
+        print(f"{source}: {len(pictures) - left_out.total()} pictures; left out: {left_out}")
+    longest, gemma_longest = (pc.max(column(texts, name)).as_py() for name in ("tokens", "gemma_tokens"))
+    index = {**settings, "text": Path(os.path.relpath(text, folder)).as_posix(), "latent": latent, "longest": longest,
+             "gemma_longest": gemma_longest, "gemma_width": encoders.gemma and encoders.gemma.net.config.hidden_size,
+             "first_clip": encoders.first_clip, "pictures": len(pictures) - left_out.total(), "left_out": left_out}  # fmt: skip
+    with parallel.first_alone():
+        if parallel.rank() == 0:
+            save_json(index, folder / "index.json")
+
+
+def begin(settings):
+    """Write {file: what the tables beside it are made of}. Raises SystemExit when those begun there are made otherwise."""
+    for path, new in settings.items():
+        old = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else new
+        changed = [f"{name} was {old.get(name)}, is {value}" for name, value in new.items() if old.get(name) != value]
+        if changed:
+            raise SystemExit(f"{path.parent} was begun otherwise: {'; '.join(changed)}. Use the same settings or another folder.")
+    if parallel.rank() == 0:
+        for path, new in settings.items():
+            save_json(new, path)
+
+
+def number_captions(pictures, folder, text):
+    """The table of all captions, also of pictures that were left out: at another resolution they may not be. Rank 0 writes
+    it, or finds it there (of another resolution), and which of them each picture has."""
+    path = text / "captions.arrow"
+    with parallel.first_alone():
+        if parallel.rank() == 0 and not is_whole(folder / "caption_ids.arrow"):
+            there = is_whole(path)
+            known = column(open_tables([path]), "caption").to_pylist() if there else [""]
+            numbers = {caption: i for i, caption in enumerate(known)}
+            ids = [[numbers.setdefault(caption, len(numbers)) for caption in own]
+                   for chunk in column(pictures, "captions").chunks for own in chunk.to_pylist()]  # fmt: skip
+            if there and len(numbers) > len(known):
+                raise SystemExit(f"{path} has other captions than the source has now, such as "
+                                 f"{list(numbers)[len(known)]!r}: give another --text, or another --out.")  # fmt: skip
+            if not there:
+                save_table({"caption": list(numbers)}, CAPTIONS, path)
+            save_table({"ids": ids}, IDS, folder / "caption_ids.arrow")
+    return open_tables([path]).with_format(None)
+
+
+def encode_dataset(world, encoders, cache=CACHE, batch=None):
+    """A world (anything with len() whose [i] is (picture, caption), and a name) through the encoders, once: Latents."""
+    side = world[0][0].width
+    rows = Dataset.from_dict({"index": range(len(world))})
+
+    def load(row, number):
+        picture, caption = world[row["index"]]
+        return "", [caption], picture
+
+    return encode_cached(rows, load, {"name": world.name, "side": side}, encoders, world.name, cache, batch)
+
+
+def encode_folder(folder, resolution, encoders, cache=CACHE):
+    """A folder of pictures with captions through the encoders, once: Latents."""
+    source, crop = sources.open_source(folder), sources.Crop(resolution)
+    if not len(source.rows):
+        raise SystemExit(sources.nothing_left(folder, "nothing"))
+    settings = {"name": f"folder-{resolution}-{source.name}", **crop._asdict()}
+    return encode_cached(source.rows, functools.partial(source.load, crop=crop), settings, encoders, folder, cache)
+
+
+def encode_cached(rows, load, settings, encoders, source, cache, batch=None):
+    """encode() into a folder whose name is a hash of the pictures and of the encoders' weights."""
+    gemma = encoders.gemma and encoders.gemma.fingerprint()
+    key = hashlib.sha256(json.dumps([settings["name"], encoders.fingerprint(*encoders.parts), gemma]).encode()).hexdigest()[:16]
+    folder = Path(cache) / f"encoded-{key}"
+    batch = batch or max(1, 64 * 128**2 // settings["side"] ** 2)  # as many as make 64 of 128 x 128 pixels
+    encode(rows, load, encoders, folder, settings, source, None, PER_PART, batch)
+    return open_latents(folder, streamed=False)
 
 
 PROMPTS = (  # drawn from the same noise over and over while a student trains: easy families once, hard ones more often
@@ -192,41 +171,46 @@ PROMPTS = (  # drawn from the same noise over and over while a student trains: e
 )  # fmt: skip
 
 
-def open_data(args, encoders):
-    """(training data, validation data) of --data, or of the shapes world: Latents, or ShardedLatents from the disk.
+def open_data(folder, encoders, resolution=64, pictures=20_000, text_dim=None):
+    """(training data, validation data), Latents: of a folder, of what data.py encode wrote, or without one of the class world.
 
-    Their text states are as wide as the UNet of --size takes them. Raises SystemExit with one sentence when --data cannot be read.
+    text_dim: as wide as the UNet takes its text states. Raises SystemExit with one sentence when they cannot be read.
     """
-    folder = Path(args.data) if args.data else None
-    if folder and list(folder.glob("0*.safetensors")):
-        parts = shards.open_shards(folder, encoders)
-        side = encoders.factor * parts[0].shape[-1]
-        if side != args.resolution:
-            raise SystemExit(f"the shards in {folder} are of {side} pixels: give --resolution {side}, or encode others.")
-    elif folder and (folder.suffix == ".tar" or is_raw(folder)):
-        raise SystemExit(f"{folder} is encoded once before training: python data.py encode {folder} --out DIR "
-                         f"--resolution {args.resolution} --teacher {args.teacher}, then --data DIR.")  # fmt: skip
-    elif folder:
-        parts = [encode_dataset(part, encoders) for part in CaptionedFolder(folder, args.resolution, cache=CACHE).split()]
+    if hasattr(folder, "data"):  # a stage's flags
+        flags, text_dim = folder, PRESETS[folder.size].text_dim
+        folder, resolution, pictures = flags.data, flags.resolution, flags.pictures
+    if not folder:
+        parts = [encode_dataset(world, encoders) for world in (ShapesWorld("train", 0, pictures), ShapesWorld("val", 0, 256))]
+    elif any(Path(folder).glob("0*.safetensors")):
+        raise SystemExit(f"{folder} was encoded by an earlier version: encode it again, with data.py encode.")
+    elif any(Path(folder).glob("pictures-*.arrow")) or any(Path(folder).glob("source-*.arrow")):
+        data = open_latents(folder, encoders)
+        side = encoders.factor * data.shape[-1]
+        if side != resolution:
+            raise SystemExit(f"the latents in {folder} are of {side} pixels: give --resolution {side}, or encode others.")
+        parts = data.split()
+    elif (kind := sources.kind_of(folder)[0]) != "folder":
+        raise SystemExit(f"{folder} ({kind}) is encoded once before training: python data.py encode {folder} --out DIR "
+                         f"--resolution {resolution} --teacher {encoders.folder}, then --data DIR.")  # fmt: skip
     else:
-        worlds = ShapesWorld("train", 0, args.pictures), ShapesWorld("val", 0, 256)
-        parts = [encode_dataset(world, encoders) for world in worlds]
+        parts = encode_folder(folder, resolution, encoders).split()
     for part in parts:
-        part.text_dim = PRESETS[args.size].text_dim
+        part.text_dim = text_dim
     return parts
 
 
-def sample_prompts(args, data):
-    """Eight captions to draw while training: PROMPTS, or some of --data's own."""
-    return [data.caption_of(i * len(data) // 8) for i in range(8)] if args.data else list(PROMPTS)
+def sample_prompts(folder, data):
+    """Eight captions to draw while training: PROMPTS, or some of the folder's own."""
+    own = getattr(folder, "data", folder)
+    return [data.caption_of(i * len(data) // 8) for i in range(8)] if own else list(PROMPTS)
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["encode"]:
-        shards.main(argv[1:])
-        return
-    doc = "Draw a captioned contact sheet of a data set. `data.py encode --help`: encode a large one into shards."
+# ------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def draw_sheet(argv):
+    doc = "Draw a captioned contact sheet of a data set. `data.py encode --help`: encode a large one."
     p = Parser(doc, "python data.py --out sheet.png")
     p.add_argument("--data", metavar="DIR", help="folder of pictures with captions; without it, the shapes world")
     p.add_argument("--split", choices=SPLITS, default="train", help="of the shapes world")
@@ -234,7 +218,8 @@ def main(argv=None):
     p.add_argument("--n", type=integer(1), default=24, help="pictures")
     p.add_argument("--out", metavar="FILE", default="data.png", help="where to write the sheet")
     args = p.parse_args(argv)
-    pictures = CaptionedFolder(args.data, 128, cache=CACHE) if args.data else ShapesWorld(args.split, args.seed, args.n)
+    pictures = (sources.CaptionedFolder(args.data, 128, cache=CACHE) if args.data
+                else ShapesWorld(args.split, args.seed, args.n))  # fmt: skip
     items = [pictures[i] for i in range(min(args.n, len(pictures)))]
     side, columns, font = 128, 4, ImageFont.load_default(11)
     sheet = Image.new("RGB", (columns * 310, math.ceil(len(items) / columns) * (side + 24)), "white")
@@ -244,6 +229,47 @@ def main(argv=None):
         ImageDraw.Draw(sheet).text((x, y + 3), caption[:52], fill="black", font=font)
     save_atomically(sheet.save, args.out)
     print(f"wrote {args.out}: {len(items)} of {len(pictures)} pictures")
+
+
+def parse_encode(argv=None):
+    doc = "Encode a large data set once, before training: pictures to latents, captions to text states."
+    p = Parser(doc, "python data.py encode /data/imagenet --out /data/imagenet-256 --resolution 256", prog="python data.py encode")
+    p.add_argument("source", help="ImageNet's folder, one of .tar files, of captioned pictures; or the hub's owner/name")
+    p.add_argument("--out", metavar="DIR", type=Path, required=True, help="where the result goes")
+    p.add_argument("--text", metavar="DIR", type=Path, help="where the text goes, or is, from another resolution; default: --out")
+    p.add_argument("--teacher", metavar="DIR", default="assets/toy-sd3", help="SD3 folder whose encoders are used")
+    p.add_argument("--gemma", metavar="DIR", help="folder of google/gemma-2-2b, a third text encoder")
+    p.add_argument("--resolution", type=integer(1), required=True, help="side in pixels of what is encoded: 256, 512, 1024")
+    p.add_argument("--crop", choices=("center", "random"), default="center", help="of what the square leaves over")
+    p.add_argument("--min-side", type=integer(0), help="leave out pictures whose shorter side has fewer; default: --resolution")
+    p.add_argument("--max-aspect", type=real(1), default=2.0, help="leave out pictures longer than this times their width")
+    p.add_argument("--per-part", type=integer(1), default=PER_PART, help="pictures a file: what a kill undoes at most")
+    p.add_argument("--batch", type=integer(1), default=16, help="pictures at once through the encoders")
+    p.add_argument("--workers", type=integer(1), default=8, help="threads that open pictures")
+    p.add_argument("--seed", type=integer(0), default=0, help="of random crops")
+    arguments.add_device(p)
+    return p.parse_args(argv)
+
+
+def encode_source(args):
+    device = pick_device(args.device)
+    encoders = FrozenEncoders(args.teacher, device, half(device), gemma=args.gemma)
+    if args.resolution % (4 * encoders.factor):
+        raise SystemExit(f"--resolution must be a multiple of {4 * encoders.factor}, not {args.resolution}.")
+    min_side = args.resolution if args.min_side is None else args.min_side
+    crop = sources.Crop(args.resolution, args.crop, min_side, args.max_aspect, args.seed)
+    source = sources.open_source(args.source, args.out)
+    settings = {"name": source.name, **crop._asdict()}
+    encode(source.rows, functools.partial(source.load, crop=crop), encoders, args.out, settings, args.source, args.text,
+           args.per_part, args.batch, args.workers)  # fmt: skip
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["encode"]:
+        encode_source(parse_encode(argv[1:]))
+    else:
+        draw_sheet(argv)
 
 
 if __name__ == "__main__":

@@ -318,10 +318,11 @@ def make_teacher(out, device, steps=12_000, batch=64, lr=3e-3, pictures=60_000, 
     world = ShapesWorld("train", 0, pictures)
     data = encode_dataset(world, encoders)
     hard = [family_of(c) in ("two", "attribution") or parse_caption(c)[0][0].count > 2 for c in data.captions[1:]]
-    hard = torch.tensor([False, *hard])[data.caption_ids].nonzero()[:, 0]  # indices of pictures
+    hard = torch.tensor([False, *hard])[data.pictures(torch.arange(pictures))[1]].nonzero()[:, 0]  # indices of pictures
     maps = torch.stack([(object_map(world.scene(i)) * 255).byte() for i in range(pictures)])  # (N, 64, 24)
-    pooled, width = data.pooled.float().to(device), 192  # 64 + 96, padded with zeros as SD3 pads 2048 to 4096
-    text = F.pad(data.states.float(), (0, width - encoders.text_dim, 0, 1)).to(device)  # (K, T + 1, 192), the last zero
+    rows = data.rows(torch.arange(len(data.captions)))
+    pooled, width = rows["pooled"].float().to(device), 192  # 64 + 96, padded with zeros as SD3 pads 2048 to 4096
+    text = F.pad(rows["states"].float(), (0, width - encoders.text_dim, 0, 1)).to(device)  # (K, T + 1, 192), the last zero
     torch.manual_seed(seed)
     model = SD3Transformer2DModel(
         sample_size=8, patch_size=1, in_channels=16, num_layers=6, attention_head_dim=32, num_attention_heads=4,
@@ -355,7 +356,7 @@ def make_teacher(out, device, steps=12_000, batch=64, lr=3e-3, pictures=60_000, 
         index, g = batch_indices(seed, step, batch, len(data)), rng(seed, step)
         n = round(focus * batch)
         index[:n] = hard[torch.randint(len(hard), (n,), generator=rng(seed, step, 1))]
-        x0, ids = data.latents[index].float(), data.caption_ids[index]
+        x0, ids = data.pictures(index)
         ids = torch.where(torch.rand(batch, generator=g) < 0.1, 0, ids).to(device)
         t = flow.logit_normal_timesteps(batch, shift=4.0, generator=g)  # the layout is decided near t = 1
         eps = torch.randn(x0.shape, generator=g)

@@ -107,7 +107,7 @@ def add_model(p, init, teacher):
 
 def add_data(p):
     """--data --pictures --resolution"""
-    p.add_argument("--data", metavar="DIR", help="pictures with captions, or shards of `data.py encode`; default: the shapes world")
+    p.add_argument("--data", metavar="DIR", help="pictures with captions, or what data.py encode wrote; default: the class world")
     p.add_argument("--pictures", type=integer(1), default=20_000, help="different pictures of the shapes world to train on")
     p.add_argument("--resolution", type=integer(32, multiple=32), help="side in pixels for --data; default: 64 to 1024 by --size")
 

@@ -9,8 +9,8 @@ weights stay equal. Without torchrun there is one rank, and nothing in this file
 
 --batch is the whole batch, whatever the number of ranks. Data, noise and timesteps come from (seed, step) for the whole batch,
 of which a rank takes its rows: N ranks take the steps of one, up to the order in which floats are added, and a run may be
-resumed on another number of ranks. Rank 0 alone writes a run; pictures and shards are written by the rank that made them. --out,
---data and runs/cache must lie on a file system that all machines share.
+resumed on another number of ranks. Rank 0 alone writes a run; pictures and parts of a table are written by the rank that made
+them. --out, --data and runs/cache must lie on a file system that all machines share.
 """
 
 import contextlib

@@ -31,23 +31,6 @@ def batch_indices(seed, step, size, n):
     return torch.cat(index)
 
 
-def pad_choices(choices):
-    """[[number, ...], ...], at least one each -> (N,), or (N, M) with -1 behind the shorter ones where some have several."""
-    most = max((len(row) for row in choices), default=1)
-    padded = torch.tensor([row + [-1] * (most - len(row)) for row in choices], dtype=torch.int64).view(-1, most)
-    return padded[:, 0] if most == 1 else padded
-
-
-def choose_one(choices, chance=None):
-    """pad_choices()'s numbers -> one of each row's, (N,): by `chance` (N,) in [0, 1), or the first."""
-    if choices.dim() == 1:
-        return choices
-    if chance is None:
-        return choices[:, 0]
-    which = (chance * (choices >= 0).sum(1)).long()
-    return choices.gather(1, which[:, None])[:, 0]
-
-
 @functools.lru_cache(maxsize=4)
 def epoch_order(seed, epoch, n):
     """A random order of n pictures, (n,)."""

@@ -1,19 +1,20 @@
-"""Pictures with captions as people have them: a folder, ImageNet's folder, WebDataset's .tar files.
+"""Pictures with captions as people have them: a folder, ImageNet's folder, WebDataset's .tar files, a data set of the hub.
 
-Every source is read into items, and nothing is dropped in silence: what cannot be used is counted, with its reason and
-an example.
+Each becomes a table of rows (datasets.Dataset), one for each file that was found: its name, its captions, where its
+bytes are, and the reason if it is left out. So whatever is not taken is counted and named. Hugging Face's own builders
+for folders and .tar files are not enough here: see docs/own_pictures.md, "Why the reading is ours".
 """
 
 import collections
-import contextlib
 import copy
 import csv
-import functools
 import glob
 import hashlib
+import io
 import json
 import math
 import os
+import posixpath
 import re
 import tarfile
 import warnings
@@ -21,93 +22,131 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+import datasets
+import pyarrow as pa
 import torch
-from tqdm import tqdm
+from datasets import Dataset, Features, List, Value
 
-from common import parallel
-from common.checkpoint import save_atomically
-from common.pictures import OTHER_ENDINGS, PICTURE_ENDINGS, open_picture
+from common import tables, texts
+from common.pictures import OTHER_ENDINGS, PICTURE_ENDINGS, cut_square, open_picture
 from common.seeds import rng
+from common.texts import TEXT_KEYS, clean
 
-TEXT_ENDINGS, TEXT_KEYS = (".txt", ".caption"), ("caption", "text", "TEXT", "prompt")
-NO_CAPTION, NO_TEXT, TWICE = "without a caption", "with a caption that is no text", "of a name that occurs twice"
-UNREADABLE, MAC = "unreadable", "side files of a Mac"
-CRANES = {"n02012849": "crane, the bird", "n03126707": "crane, the machine"}  # [A]
+TEXT_ENDINGS, METADATA = (".txt", ".caption"), ("metadata.jsonl", "metadata.csv")
+NO_CAPTION, TWICE, MISSING = "without a caption", "with a caption that belongs to another picture", "missing"
+UNREADABLE, MAC, NO_PICTURE = "unreadable", "side files of a Mac", "no picture by its ending"
+ALONE = "captions without a picture"
+CUT, NO_TAR = "cut off with the end of a .tar (fetch it again)", "no .tar, or a compressed one (unpack it)"
+ROWS = Features({"name": Value("string"), "captions": List(Value("string")), "reason": Value("string"),
+                 "file": Value("binary"), "offset": Value("int64"), "size": Value("int64"), "changed": Value("int64")})
 
 
-class Item(NamedTuple):
-    """A picture and its captions, or why it is left out."""
+class Row(NamedTuple):
+    """A file that was found. `file` is a path, as bytes: a name need not be UTF-8; of a file within a .tar the .tar's,
+    with the offset and size of its bytes there. `changed`: time of last change, ns. `reason`: why it is left out."""
 
     name: str
-    picture: object = None  # a path, or the file's bytes
-    captions: tuple = ()  # one or several texts; training takes one of several by chance
+    captions: list = []
     reason: str | None = None
+    file: bytes = b""
+    offset: int | None = None
+    size: int = 0
+    changed: int = 0
+
+    def read(self):
+        return read_bytes(self.file, self.offset, self.size)
+
+
+def read_bytes(file, offset, size):
+    with open(file, "rb") as opened:
+        opened.seek(offset or 0)
+        return opened.read(-1 if offset is None else size)
+
+
+def table(rows):
+    """[Row, ...] -> datasets.Dataset."""
+    columns = zip(*rows, strict=True) if rows else [[] for _ in Row._fields]
+    return Dataset.from_dict(dict(zip(Row._fields, map(list, columns), strict=True)), features=ROWS)
+
+
+def fingerprint(rows):
+    """Stands for what a table's files are, wherever they lie: another caption or a touched picture gives another."""
+    content = rows.remove_columns(["file"]).to_dict()
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 class LeftOut(collections.Counter):
-    """{reason: how many pictures}, with an example of each."""
+    """{reason: how many}, with an example of each. names, reasons: columns, the reason None of what is taken."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.examples = {}
-
-    def note(self, reason, name):
-        self[reason] += 1
-        self.examples.setdefault(reason, str(name))
+    def __init__(self, names, reasons):
+        names, reasons = (column.filter(reasons.is_valid()).to_pylist() for column in (names, reasons))
+        super().__init__(reasons)
+        self.examples = dict(zip(reversed(reasons), reversed(names), strict=True))
 
     def __str__(self):
-        def example(reason):
-            return f" (such as {self.examples[reason]})" if reason in self.examples else ""
-
-        return ", ".join(f"{count} {reason}{example(reason)}" for reason, count in sorted(self.items())) or "none"
+        found = [f"{n} {reason} (such as {self.examples[reason]})" for reason, n in sorted(self.items())]
+        return ", ".join(found) or "nothing"
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Text
+# Which caption belongs to which picture
 
 
-def read_text(path):
-    """A text file as str. UTF-8, with or without a byte order mark. Raises SystemExit when it is something else."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SystemExit(f"{path} is not UTF-8 text ({error}); save it as UTF-8.") from error
+def pair(files, captioned=True, named=None):
+    """Found files -> rows with captions, or with the reason why a file is left out; captions that are taken vanish.
 
+    A picture's caption is the .txt (or .caption) or the .json of the same name up to the last dot, or else up to the
+    first, webdataset's rule: 000.input.jpg may stand beside 000.txt. It belongs to one picture, the first.
 
-def lines_of(text):
-    """The lines of a text. Only line feeds end one: str.splitlines() would also cut at U+2028 and U+0085, which JSON
-    and captions may hold."""
-    return [line.removesuffix("\r") for line in text.split("\n")]
-
-
-def clean(text):
-    """Without white space around, and without lone surrogates, halves of a character that no tokenizer takes."""
-    return "".join(c for c in text if not "\ud800" <= c <= "\udfff").strip()
-
-
-def as_captions(value):
-    """What a caption's field holds as a tuple of texts: a text, a list of some, or none at all (null, NaN, blanks).
-
-    Raises ValueError when it is something else, such as a dictionary.
+    Args:
+        files: Rows without captions; those with a reason stay as they are. captioned: False: pictures need none.
+        named: {name: ([caption, ...], reason)} of a metadata file, in whose place no other captions count.
     """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ()
-    if isinstance(value, str):
-        return (clean(value),) if clean(value) else ()
-    if isinstance(value, list) and all(v is None or isinstance(v, str) for v in value):
-        return tuple(dict.fromkeys(text for v in value for text in as_captions(v)))
-    raise ValueError(NO_TEXT)
+    rows, pictures, notes, of_stem, used = [], [], [], {}, set()
+    for file in files:
+        place = PurePosixPath(file.name)
+        ending = place.suffix.lower()
+        stems = place.with_suffix(""), place.with_name(place.name.split(".")[0] or place.name)
+        if file.reason:
+            rows.append(file)
+        elif place.name.startswith("._") or "__MACOSX" in place.parts:
+            rows.append(file._replace(reason=MAC))
+        elif ending in PICTURE_ENDINGS:
+            pictures.append((file, stems))
+        elif ending in OTHER_ENDINGS:
+            rows.append(file._replace(reason=f"{ending} files, which Pillow does not read"))
+        elif ending in (*TEXT_ENDINGS, ".json"):
+            of_stem.setdefault((stems[0], ending == ".json"), len(notes))
+            notes.append(file)
+        elif place.name not in METADATA:
+            rows.append(file._replace(reason=NO_PICTURE))
 
+    def beside(stems):
+        """([caption, ...], reason) of the .txt and the .json beside a picture."""
+        numbers = [next((of_stem[stem, is_json] for stem in stems if (stem, is_json) in of_stem), None)
+                   for is_json in (False, True)]  # fmt: skip
+        if used.intersection(numbers) - {None}:
+            return [], TWICE
+        used.update(numbers)
+        for number, read in zip(numbers, (texts.as_captions, texts.captions_of_json), strict=True):
+            try:
+                captions = [] if number is None else read(texts.decode(notes[number].read()))
+            except ValueError as error:
+                return [], texts.NO_UTF8 if isinstance(error, UnicodeDecodeError) else str(error)
+            if captions:
+                return captions, None
+        return [], NO_CAPTION
 
-def captions_of_json(text):
-    """The captions in a JSON object with one of TEXT_KEYS. Raises ValueError with the reason if it is none."""
-    try:
-        described = json.loads(text)
-    except ValueError:
-        raise ValueError("with a damaged .json") from None
-    if not isinstance(described, dict):
-        raise ValueError("with a .json that is no object")
-    return next((found for key in TEXT_KEYS if (found := as_captions(described.get(key)))), ())
+    for file, stems in pictures:
+        if not captioned:
+            captions, reason = [], None
+        elif named:
+            captions, reason = named.get(file.name, ([], "not named in the metadata"))
+        else:
+            captions, reason = beside(stems)
+        rows.append(file._replace(captions=captions, reason=reason))
+    alone = [text for number, text in enumerate(notes) if number not in used] if captioned and not named else []
+    return rows + [text._replace(reason=NO_PICTURE if text.name.endswith(".json") else ALONE) for text in alone]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -115,163 +154,308 @@ def captions_of_json(text):
 
 
 def walk(folder):
-    """Every file below a folder, sorted; linked folders are entered, each folder once."""
+    """A Row for every file below a folder, sorted; linked folders are entered, each folder once."""
     files, seen = [], set()
     for where, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(where)
-        if real in seen:
+        if os.path.realpath(where) in seen:
             folders.clear()
             continue
-        seen.add(real)
-        files += [Path(where) / name for name in names]
-    return sorted(files)
+        seen.add(os.path.realpath(where))
+        files += [os.path.join(where, name) for name in names]
+    return [found(path, folder) for path in sorted(files)]
 
 
-def list_captions(folder, captioned=True):
-    """([Item of a path, ...], LeftOut) of a folder: `metadata.jsonl` or `metadata.csv` (file_name, text) if it has one, else
-    x.png beside x.txt (or x.caption).
+def found(path, folder):
+    """The Row of a file, named as seen from the folder."""
+    name = clean(os.path.relpath(path, folder).replace(os.sep, "/"))
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return Row(name, reason=MISSING)
+    return Row(name, [], None, os.fsencode(os.path.abspath(path)), None, stat.st_size, stat.st_mtime_ns)
+
+
+def list_folder(folder, captioned=True):
+    """The rows of a folder: x.png beside x.txt (x.caption, x.json), or named in a metadata.jsonl or metadata.csv.
 
     captioned=False takes every picture, and leaves out the captions: a decoder needs none.
-    Raises SystemExit with one sentence when the folder does not exist or holds no captioned picture.
     """
-    folder, left_out = Path(folder), LeftOut()
-    if not folder.is_dir():
-        raise SystemExit(f"no such folder: {folder}. Give --data a folder of pictures with captions.")
-    pictures, texts = [], {}
-    for path in walk(folder):
-        ending = path.suffix.lower()
-        if ending in PICTURE_ENDINGS + OTHER_ENDINGS and (path.name.startswith("._") or "__MACOSX" in path.parts):
-            left_out.note(MAC, path)
-        elif ending in PICTURE_ENDINGS:
-            pictures.append(path)
-        elif ending in OTHER_ENDINGS:
-            left_out.note(f"{ending} files, which Pillow does not read", path)
-        elif ending in TEXT_ENDINGS and not path.name.startswith("._"):
-            texts.setdefault(path.with_suffix(""), path)
-    named = next((folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()), None)
-    if not captioned:
-        items = [Item(str(path), path) for path in pictures]
-        if not items:
-            raise SystemExit(f"no pictures in {folder}: it needs files that end in {', '.join(PICTURE_ENDINGS)}.")
-        return items, left_out
-    rows = read_metadata(named) if named else ((path, texts.get(path.with_suffix(""))) for path in pictures)
-    items = []
-    for path, value in rows:
-        try:
-            captions = as_captions(read_text(value) if isinstance(value, Path) else value)
-        except ValueError as error:
-            left_out.note(str(error), path)
-            continue
-        if captions:
-            items.append(Item(str(path), path, captions))
-        else:
-            left_out.note(NO_CAPTION, path)
-    if named:
-        mentioned = {path for path, _ in read_metadata(named)}
-        for path in pictures:
-            if path not in mentioned:
-                left_out.note(f"not named in {named.name}", path)
-    if not items:
-        raise SystemExit(
-            f"no captioned pictures in {folder}: put x.txt beside each x.png, or a metadata.jsonl with one "
-            f'{{"file_name": ..., "text": ...}} a line. Left out: {left_out}.'
-        )
-    return items, left_out
+    files, named, lines = walk(folder), {}, []
+    for file in files if captioned else []:
+        if posixpath.basename(file.name) in METADATA:
+            for number, name, captions, reason in read_metadata(os.fsdecode(file.file)):
+                if name is None:
+                    lines.append(Row(f"{file.name}, line {number}", reason=reason))
+                else:
+                    named[posixpath.normpath(posixpath.join(posixpath.dirname(file.name), name))] = captions, reason
+    there = {file.name for file in files}  # a metadata file may name what lies elsewhere, or nowhere
+    files += [found(os.path.join(folder, name), folder) for name in named if name not in there]
+    return lines + pair(files, captioned, named)
 
 
 def read_metadata(path):
-    """[(picture's path, caption's value), ...] of metadata.jsonl or metadata.csv. Raises SystemExit when a line is damaged."""
-    text, rows = read_text(path), []
-    if path.suffix == ".csv":
-        numbered = enumerate(csv.DictReader(text.split("\n")), 2)
+    """(line, file name, [caption, ...], reason) of every line of a metadata.jsonl or metadata.csv (file_name, text)."""
+    text = texts.read_text(path)
+    if path.endswith(".csv"):
+        numbered = enumerate(csv.DictReader(io.StringIO(text, newline="")), 2)
     else:
-        numbered = ((n, line) for n, line in enumerate(lines_of(text), 1) if line.strip())
+        numbered = ((number, line) for number, line in enumerate(texts.lines_of(text), 1) if line.strip())
     for number, row in numbered:
         try:
             row = json.loads(row) if isinstance(row, str) else row
-            rows.append((path.parent / row["file_name"], row["text"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise SystemExit(
-                f"{path}, line {number}: expected an object with file_name and text ({error!r})."
-            ) from error
+            name, value = row["file_name"], next(row[key] for key in ("text", *TEXT_KEYS) if key in row)
+            name = os.fspath(name)
+        except (ValueError, KeyError, TypeError, StopIteration):
+            yield number, None, [], "lines of metadata that are no object with file_name and text"
+            continue
+        try:
+            captions, reason = texts.as_captions(value), None
+        except ValueError as error:
+            captions, reason = [], str(error)
+        yield number, name, captions, reason or (None if captions else NO_CAPTION)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# WebDataset's .tar files
+
+
+def list_tar(path):
+    """The rows of a .tar; where its files lie in it does not matter. Of several joined by `cat` each is looked through
+    by itself, since names may come again."""
+    archives, reason = archives_in(path)
+    size, rows = os.path.getsize(path), []
+    for members in archives:
+        of_name = {member.name: member for member in members}
+        rows += pair([inside(path, member, of_name, size) for member in members if not member.isdir()])
+    return rows + ([Row(clean(path), reason=reason)] if reason else [])
+
+
+def archives_in(path):
+    """([[member, ...] of each archive in a .tar], why its rest is lost or None)."""
+    archives, start, size = [], 0, os.path.getsize(path)
+    with open(path, "rb") as file:
+        while start < size:
+            file.seek(start)
+            archives.append(members := [])
+            try:
+                archive = tarfile.open(fileobj=file, mode="r:")
+                members.extend(iter(archive.next, None))
+            except (OSError, EOFError, tarfile.TarError):
+                return archives, CUT if any(archives) else NO_TAR
+            start = file.seek(archive.offset)
+            while (block := file.read(512)) and not any(block):
+                start += 512
+            if start == archive.offset:  # blocks of zeros end a whole one; tarfile takes what is left for the whole
+                return archives, CUT
+    return archives, None if archives else CUT
+
+
+def inside(path, member, of_name, size):
+    """The Row of a member of a .tar, or of what it links to."""
+    name = clean(member.name)
+    for _ in range(8):  # a link to a link
+        if member and (member.islnk() or member.issym()):
+            beside = posixpath.dirname(member.name) if member.issym() else ""
+            member = of_name.get(posixpath.normpath(posixpath.join(beside, member.linkname)))
+    if member is None or not member.isreg() or member.sparse:
+        return Row(name, reason="links to a file that is not there, or no plain files")
+    if member.offset_data + member.size > size:
+        return Row(name, reason=CUT)
+    return Row(name, [], None, os.fsencode(os.path.abspath(path)), member.offset_data, member.size, int(member.mtime))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# ImageNet, and the hub
+
+
+def find_synsets(folder):
+    """The class folders n01440764, ... of ILSVRC's training pictures; None if there are none."""
+    for inner in ("ILSVRC/Data/CLS-LOC/train", "Data/CLS-LOC/train", "train", "."):
+        synsets = sorted(p for p in (folder / inner).glob("n*") if re.fullmatch(r"n\d{8}", p.name) and p.is_dir())
+        if synsets:
+            return synsets
+    return None
+
+
+def list_imagenet(folder):
+    """The rows of ILSVRC's training pictures, "a photo of <class>". Raises SystemExit where classes have no names."""
+    synsets = find_synsets(folder)
+    lists = [folder / name for name in ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt")]
+    found = next((path for path in lists if path.is_file()), None)
+    if found is None:
+        raise SystemExit(f"{folder} holds ImageNet's classes but not their names: put LOC_synset_mapping.txt there.")
+    names = texts.class_names(line for line in texts.lines_of(texts.read_text(found)) if line.strip())
+    unnamed = [p.name for p in synsets if p.name not in names]
+    if unnamed:
+        raise SystemExit(f"{found} has no name for {len(unnamed)} classes, such as {unnamed[0]}.")
+    rows = []
+    for synset in synsets:
+        captions = [f"a photo of {names[synset.name]}"]
+        rows += [row._replace(name=f"{synset.name}/{row.name}", captions=[] if row.reason else captions)
+                 for row in pair(walk(synset), captioned=False)]  # fmt: skip
     return rows
 
 
-def check_pictures(paths, folder, cache=None, workers=8):
-    """[whether each of these picture files can be read]: each is decoded once in its life, by one of `workers` threads.
+def open_hub(source):
+    """A data set of the hub ("owner/name", or a folder of its .parquet files): (datasets.Dataset, columns of the
+    pictures and of the captions). Raises SystemExit with one sentence."""
+    files = sorted(glob.glob(f"{glob.escape(source)}/**/*.parquet", recursive=True))
+    try:
+        data = datasets.load_dataset("parquet", data_files=files, split="train") if files else datasets.load_dataset(
+            source, split="train")  # fmt: skip
+    except Exception as error:  # no network, no such data set, damaged files: each library below has its own
+        why = texts.lines_of(str(error))[0]
+        raise SystemExit(f"{source} is no folder, no .tar, and cannot be read as a data set of the hub: {why}") from error
+    pictures = [name for name, kind in data.features.items() if isinstance(kind, datasets.Image)]
+    captions = [name for name in TEXT_KEYS if name in data.features]
+    if not pictures or not captions:
+        raise SystemExit(f"{source} has the columns {', '.join(data.features)}: it needs one of pictures, and one of "
+                         f"captions that is called {', '.join(TEXT_KEYS)}.")  # fmt: skip
+    return data.cast_column(pictures[0], datasets.Image(decode=False)), pictures[0], captions[0]
 
-    With a folder `cache`, checked-HASH.json in it remembers {path: [bytes, time of last change, readable]}, also when
-    the check is stopped half-way. A file that has changed is checked again. With torchrun rank 0 checks, and the others
-    read what it found.
-    """
 
-    def stamp(path):
+# ------------------------------------------------------------------------------------------------------------
+# Any of them
+
+
+def expand_braces(pattern):
+    """ "a/{000..002}.tar" -> the three names; "a/*.tar" -> what is there; "a/1.tar" -> itself. [] for anything else."""
+    match = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*\.tar)", pattern)
+    if match:
+        head, first, last, tail = match.groups()
+        return [f"{head}{number:0{len(first)}d}{tail}" for number in range(int(first), int(last) + 1)]
+    return sorted(glob.glob(pattern)) if "*" in pattern else [pattern] if pattern.endswith(".tar") else []
+
+
+def kind_of(source):
+    """("webdataset", its .tar files), ("imagenet", None), ("hub", None) or ("folder", None). Raises SystemExit if nothing
+    is there."""
+    folder = Path(source)
+    tars = sorted(str(p) for p in folder.glob("*.tar")) if folder.is_dir() else expand_braces(source)
+    if tars:
+        missing = [path for path in tars if not os.path.isfile(path)]
+        if missing:
+            raise SystemExit(f"{len(missing)} of {len(tars)} .tar files are not there, such as {missing[0]}.")
+        return "webdataset", tars
+    if folder.is_dir():
+        return ("imagenet" if find_synsets(folder) else "hub" if any(folder.rglob("*.parquet")) else "folder"), None
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not folder.parent.is_dir():
+        return "hub", None
+    raise SystemExit(f"no such folder: {source}. Give a folder of captioned pictures, ImageNet's, .tar files, or a data "
+                     "set of the hub, owner/name.")  # fmt: skip
+
+
+class Source(NamedTuple):
+    """Pictures with captions. kind: see kind_of; rows: a table of Row; name: stands for the content; hub: see open_hub."""
+
+    kind: str
+    rows: Dataset
+    name: str
+    hub: tuple | None = None
+
+    def load(self, row, number, crop):
+        """(name, [caption, ...], picture cut by `crop` or the reason why it is left out) of a row, {column: value}."""
+        return row["name"], row["captions"], row["reason"] or self.open(row, number, crop)
+
+    def open(self, row, number, crop):
         try:
-            return [path.stat().st_size, path.stat().st_mtime_ns]
+            if self.hub:
+                stored = self.hub[0][row["offset"]][self.hub[1]] or {}
+                file = io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored.get("path") or ""
+            elif row["offset"] is None:
+                file = os.fsdecode(row["file"])
+            else:
+                file = io.BytesIO(read_bytes(row["file"], row["offset"], row["size"]))
+            return crop.cut(open_picture(file), number)
         except OSError:
-            return None  # it is not there
+            return UNREADABLE
 
-    def can_be_read(path):
-        try:
-            return bool(open_picture(path))
-        except OSError:
-            return False
 
-    key = hashlib.sha256(str(Path(folder).resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    note = Path(cache) / f"checked-{key}.json" if cache else None
-    with parallel.first_alone() if cache else contextlib.nullcontext():
-        try:
-            known = json.loads(note.read_text(encoding="utf-8")) if note and note.is_file() else {}
-        except ValueError:
-            known = {}  # damaged: all are checked again
-        names, stamps = [str(path.absolute()) for path in paths], [stamp(path) for path in paths]
-        new = [i for i, name in enumerate(names) if stamps[i] and known.get(name, [])[:2] != stamps[i]]
-        pool = ThreadPoolExecutor(workers)
-        try:
-            found = pool.map(can_be_read, [paths[i] for i in new])
-            bar = tqdm(found, total=len(new), desc="checking pictures", disable=True if len(new) < 500 else None)
-            for i, good in zip(new, bar, strict=True):
-                known[names[i]] = [*stamps[i], good]
-        finally:
-            pool.shutdown(cancel_futures=True)
-            if note and new:
-                save_atomically(lambda p: p.write_text(json.dumps(known), encoding="utf-8"), note)
-    return [stamps[i] is not None and known[name][2] for i, name in enumerate(names)]
+class Crop(NamedTuple):
+    """How a square is cut out of a picture: the largest one, from the middle or (how="random") anywhere, scaled to
+    (side, side). A picture with a side of fewer than min_side pixels, or longer than max_aspect times its width, is
+    left out."""
+
+    side: int
+    how: str = "center"
+    min_side: int = 0
+    max_aspect: float = math.inf
+    seed: int = 0
+
+    def cut(self, picture, number):
+        """The square (PIL), or the reason why there is none. `number` of the row: random places follow from it."""
+        short, long = sorted(picture.size)
+        if short < self.min_side:
+            return "too small"
+        if long > self.max_aspect * short:
+            return "too long or wide"
+        places = torch.rand(2, generator=rng(self.seed, number)).tolist() if self.how == "random" else (0.5, 0.5)
+        return cut_square(picture, self.side, *places)
+
+
+def open_source(source, keep=None):
+    """The Source of what a person names. What is in .tar files is listed once, into the folder `keep`."""
+    kind, tars = kind_of(source)
+    if kind == "webdataset":
+        stamps = [[os.path.basename(tar), os.path.getsize(tar), os.stat(tar).st_mtime_ns] for tar in tars]
+
+        def list_one(columns, numbers):
+            rows = [row for tar in columns["tar"] for row in list_tar(tar)]
+            return {name: list(values) for name, values in zip(Row._fields, zip(*rows, strict=True), strict=False)}
+
+        files = Dataset.from_dict({"tar": tars})
+        stamp = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]
+        rows = tables.map_in_parts(files, list_one, ROWS, keep, f"source-{stamp}", per_part=1, batch=1, unit="files")
+        return Source(kind, rows.with_format(None), stamp)
+    if kind == "hub":
+        data, pictures, captions = open_hub(source)
+        rows = []
+        for number, value in enumerate(data[captions]):
+            try:
+                found, reason = texts.as_captions(value), None
+            except ValueError as error:
+                found, reason = [], str(error)
+            rows.append(Row(f"row {number}", found, reason or (None if found else NO_CAPTION), offset=number))
+        return Source(kind, table(rows), data._fingerprint, (data, pictures))
+    rows = table(list_imagenet(Path(source)) if kind == "imagenet" else list_folder(source))
+    return Source(kind, rows, fingerprint(rows))
 
 
 class CaptionedFolder:
-    """A sequence of (picture, caption) from a folder. What is left out is counted, with reasons and examples, in one warning.
+    """A sequence of (picture, caption) from a folder. What is left out is counted, with reasons and examples, in one
+    warning: each picture is decoded once to see whether it can be read.
 
     Args:
-        folder: pictures and captions, see list_captions. size: pictures are scaled and cropped to (size, size); None: they
-            stay as they are.
-        captioned: False takes every picture, captions or not.
-        cache: where to remember which pictures have been checked, see check_pictures; None: nowhere.
+        folder: pictures and captions, see list_folder. size: pictures are scaled and cropped to (size, size); None: they
+            stay as they are. captioned: False takes every picture, captions or not.
+        cache: where to remember what can be read; None: nowhere.
 
-    Raises SystemExit when the folder, its captions, or every one of its pictures cannot be read.
+    Raises SystemExit when there is no such folder, or nothing in it that can be used.
     """
 
-    def __init__(self, folder, size=None, captioned=True, cache=None):
-        self.folder, self.size = Path(folder), size
-        listed, self.left_out = list_captions(folder, captioned)
-        readable = check_pictures([item.picture for item in listed], folder, cache)
-        for item, good in zip(listed, readable, strict=True):
-            if not good:
-                self.left_out.note(UNREADABLE if item.picture.exists() else "missing", item.name)
-        self.items = [item for item, good in zip(listed, readable, strict=True) if good]
-        if not self.items:
-            raise SystemExit(f"none of the {len(listed)} pictures in {folder} can be read, such as {listed[0].name}.")
-        if count := self.left_out.total():
-            warnings.warn(f"left out {count} of {count + len(self)} pictures in {folder}: {self.left_out}", stacklevel=2)
+    def __init__(self, folder, size=None, captioned=True, cache=None, workers=8):
+        if not os.path.isdir(folder):
+            raise SystemExit(f"no such folder: {folder}. Give --data a folder of pictures with captions.")
+        self.size, rows = size, table(list_folder(folder, captioned))
+        self.name = f"folder-{size}-{fingerprint(rows)}"
 
-    @property
-    def name(self):
-        """Stands for the content, wherever the folder lies: another caption or a touched picture makes another cache."""
-        content = [
-            (os.path.relpath(item.picture, self.folder), item.picture.stat().st_size, item.picture.stat().st_mtime_ns,
-             item.captions) for item in self.items
-        ]  # fmt: skip
-        return f"folder-{self.size}-" + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        def check(columns, numbers):
+            with ThreadPoolExecutor(workers) as pool:
+                return {"reason": list(pool.map(why_not, columns["file"], columns["reason"]))}
+
+        if cache and len(rows):
+            kept = Path(cache) / f"checked-{fingerprint(rows)}"
+            checked = tables.map_in_parts(rows, check, Features({"reason": Value("string")}), kept, "checked", batch=256)
+            reasons = tables.column(checked, "reason")
+        else:
+            reasons = pa.array(check(rows.to_dict(), None)["reason"], pa.string())
+        self.left_out = LeftOut(tables.column(rows, "name"), reasons)
+        good = zip(rows["file"], rows["captions"], reasons, strict=True)
+        self.items = [(os.fsdecode(file), captions) for file, captions, reason in good if reason.as_py() is None]
+        if not self.items:
+            raise SystemExit(nothing_left(folder, self.left_out, captioned))
+        if self.left_out.keys() - {NO_PICTURE}:
+            warnings.warn(f"{folder}: {len(self)} pictures; left out: {self.left_out}", stacklevel=2)
 
     def split(self, every=20):
         """(training part, validation part): every 20th picture is held out; with fewer, both parts are everything."""
@@ -285,189 +469,25 @@ class CaptionedFolder:
     def __len__(self):
         return len(self.items)
 
-    def captions(self, i):
-        """All captions of a picture."""
-        return self.items[i].captions
-
     def caption(self, i):
-        """Its first one; "" if it has none."""
-        return next(iter(self.items[i].captions), "")
+        """The first of a picture's captions; "" if it has none."""
+        return next(iter(self.items[i][1]), "")
 
     def __getitem__(self, i):
-        return open_picture(self.items[i].picture, self.size), self.caption(i)
+        return open_picture(self.items[i][0], self.size), self.caption(i)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Large sources, as parts: each becomes one shard
-
-
-def open_source(source, per_shard):
-    """(kind, [part, ...], LeftOut): a part is a function without arguments that yields Items.
-
-    Raises SystemExit with one sentence when there is nothing, or no class names beside ImageNet's folders.
-    """
-    folder = Path(source)
-    tars = sorted(str(p) for p in folder.glob("*.tar")) if folder.is_dir() else expand_braces(source)
-    if tars:
-        missing = [path for path in tars if not Path(path).is_file()]
-        if missing:
-            raise SystemExit(f"{len(missing)} of {len(tars)} shards are not there, such as {missing[0]}.")
-        return "webdataset", [functools.partial(read_tar, path) for path in tars], LeftOut()
-    if not folder.is_dir():
-        raise SystemExit(
-            f"no such folder: {source}. Give ImageNet's folder, .tar files, or a folder of captioned pictures."
-        )
-    imagenet = list_imagenet(folder)
-    items, left_out = list_captions(folder) if imagenet is None else imagenet
-    # In an order drawn once, so that a shard holds a bit of everything, and every class is in the first ones already.
-    order = torch.randperm(len(items), generator=rng(0, len(items))).tolist()
-    parts = [[items[i] for i in order[start : start + per_shard]] for start in range(0, len(items), per_shard)]
-    kind = "folder" if imagenet is None else "imagenet"
-    return kind, [functools.partial(iter, part) for part in parts], left_out
-
-
-def expand_braces(pattern):
-    """ "a/{000..002}.tar" -> the three names; "a/*.tar" -> what is there; "a/1.tar" -> itself. [] for anything else."""
-    match = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*\.tar)", pattern)
-    if match:
-        head, first, last, tail = match.groups()
-        return [f"{head}{number:0{len(first)}d}{tail}" for number in range(int(first), int(last) + 1)]
-    return sorted(glob.glob(pattern)) if "*" in pattern else [pattern] if pattern.endswith(".tar") else []
-
-
-def is_raw(folder):
-    """Whether a folder is ImageNet's or one of .tar files: too large to be encoded at the start of each run."""
-    return any(folder.glob("*.tar")) or find_synsets(folder) is not None
-
-
-def read_tar(path):
-    """The samples of one WebDataset shard: every picture in it as an Item, in the order of the file.
-
-    A picture's caption is the .txt (or .caption) or .json of the same name up to the last dot, or else up to the first dot
-    of the file's name, webdataset's rule: 000.input.jpg may stand beside 000.txt. Where they lie in the file does not matter.
-    """
+def why_not(file, reason):
+    """Why a picture file is left out, or None: `reason`, if that is known, or because it cannot be read."""
     try:
-        with open(path, "rb") as file:
-            files, pictures = {}, []
-            for tar, member in members_of(file):
-                place = PurePosixPath(member.name)
-                ending = place.suffix.lower()
-                if ending in PICTURE_ENDINGS + OTHER_ENDINGS:
-                    pictures.append((tar, member, str(place.with_suffix("")), ending))
-                elif ending in (*TEXT_ENDINGS, ".json"):
-                    for stem in (str(place.with_suffix("")), key_of(place)):
-                        files.setdefault((stem, ".json" if ending == ".json" else ".txt"), (tar, member))
-            taken = set()
-            for tar, member, stem, ending in pictures:
-                yield tar_item(tar, member, stem, ending, files, taken)
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise SystemExit(
-            f"{path} is damaged ({error}): fetch it again, or put an empty .tar in its place (tar cf {path} -T /dev/null). "
-            "Finished shards stay."
-        ) from error
+        return reason or (None if open_picture(os.fsdecode(file)) else None)
+    except OSError:
+        return UNREADABLE
 
 
-def members_of(file):
-    """(archive, member) of every file in a .tar, and of the .tars behind it that `cat` has joined; links are followed."""
-    size = file.seek(0, 2)
-    file.seek(max(0, size - 1024))
-    if file.read() != bytes(1024):  # cut between two files, tarfile takes what is left for the whole
-        raise tarfile.ReadError("its end, two blocks of zeros, is missing, or it is compressed")
-    start = 0
-    while start < size:
-        file.seek(start)
-        with_end = tarfile.open(fileobj=file, mode="r:")
-        for member in with_end:
-            if member.isfile() or member.islnk() or member.issym():
-                yield with_end, member
-        start = with_end.offset
-        file.seek(start)
-        while (block := file.read(512)) and not any(block):
-            start += 512
-        if not block:
-            return
-
-
-def key_of(place):
-    """webdataset's key: the path up to the first dot of the file's name."""
-    return str(place.with_name(place.name.split(".")[0] or place.name))
-
-
-def tar_item(tar, member, stem, ending, files, taken):
-    """The Item of a picture in a .tar. files: {(stem, ending): (archive, member)} of the texts; taken: stems so far."""
-    place = PurePosixPath(member.name)
-    if place.name.startswith("._") or "__MACOSX" in place.parts:
-        return Item(member.name, reason=MAC)
-    if ending in OTHER_ENDINGS:
-        return Item(member.name, reason=f"{ending} files, which Pillow does not read")
-    if stem in taken:
-        return Item(member.name, reason=TWICE)
-    taken.add(stem)
-
-    def content(ending):
-        for name in (stem, key_of(place)):
-            if (name, ending) in files:
-                archive, text = files[name, ending]
-                return archive.extractfile(text).read().decode("utf-8-sig", errors="replace")
-        return None
-
-    try:
-        captions = as_captions(content(".txt"))
-        if not captions and (described := content(".json")) is not None:
-            captions = captions_of_json(described)
-    except (ValueError, KeyError) as error:  # KeyError: a link to what is not there
-        return Item(member.name, reason=str(error) if isinstance(error, ValueError) else NO_CAPTION)
-    if not captions:
-        return Item(member.name, reason=NO_CAPTION)
-    try:
-        return Item(stem, tar.extractfile(member).read(), captions)
-    except KeyError:
-        return Item(member.name, reason="links to a file that is not there")
-
-
-def find_synsets(folder):
-    """The class folders n01440764, ... of ILSVRC's training pictures; None if there are none."""
-    for inner in ("ILSVRC/Data/CLS-LOC/train", "Data/CLS-LOC/train", "train", "."):
-        synsets = sorted(p for p in (folder / inner).glob("n*") if re.fullmatch(r"n\d{8}", p.name) and p.is_dir())
-        if synsets:
-            return synsets
-    return None
-
-
-def list_imagenet(folder):
-    """([Item, ...], LeftOut) of ILSVRC's training pictures; None if the folder holds none of its class folders."""
-    synsets = find_synsets(folder)
-    if synsets is None:
-        return None
-    lists = [folder / name for name in ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt")]
-    found = next((path for path in lists if path.is_file()), None)
-    if found is None:
-        raise SystemExit(f"{folder} holds ImageNet's classes but not their names: put LOC_synset_mapping.txt there.")
-    names = class_names(line for line in lines_of(read_text(found)) if line.strip())
-    unnamed = [p.name for p in synsets if p.name not in names]
-    if unnamed:
-        raise SystemExit(f"{found} has no name for {len(unnamed)} classes, such as {unnamed[0]}.")
-    items, left_out = [], LeftOut()
-    for synset in synsets:
-        for path in sorted(synset.iterdir()):
-            name = f"{synset.name}/{path.name}"
-            if path.suffix.lower() in PICTURE_ENDINGS:
-                items.append(Item(name, path, (f"a photo of {names[synset.name]}",)))
-            else:
-                left_out.note("no picture by its ending", name)
-    return items, left_out
-
-
-def class_names(lines):
-    """{synset: name} of lines such as "n01440764 tench, Tinca tinca": the first name; the second one where several classes
-    share the first, whatever the case. ImageNet's two cranes have no second: they are told apart by CRANES."""
-    words = {synset: [w.strip() for w in rest.split(",")] for synset, rest in (line.split(None, 1) for line in lines)}
-    shared = collections.Counter(names[0].lower() for names in words.values())
-    told = {}
-    for synset, names in words.items():
-        told[synset] = names[1] if shared[names[0].lower()] > 1 and len(names) > 1 else names[0]
-    shared = collections.Counter(name.lower() for name in told.values())
-    for synset, name in told.items():
-        if shared[name.lower()] > 1:
-            told[synset] = CRANES.get(synset, f"{name} ({synset})")
-    return told
+def nothing_left(source, left_out, captioned=True):
+    """The sentence when no picture can be used."""
+    if not captioned:
+        return f"no pictures in {source}: it needs files that end in {', '.join(PICTURE_ENDINGS)}. Left out: {left_out}."
+    return (f"no captioned pictures in {source}: put x.txt beside each x.png, or a metadata.jsonl with one "
+            f'{{"file_name": ..., "text": ...}} a line. Left out: {left_out}.')  # fmt: skip

@@ -60,7 +60,7 @@ def main(argv=None):
     p = Parser(__doc__, "python -m studies.silence assets/zoo/fm")
     p.add_argument("students", metavar="DIR", nargs="+", help="folders of students")
     p.add_argument("--teacher", metavar="DIR", help="SD3 folder with the encoders; default: the student's own")
-    p.add_argument("--data", metavar="DIR", help="pictures with captions, or shards, for students of the real sizes")
+    p.add_argument("--data", metavar="DIR", help="as of train_fm.py, for students of the real sizes")
     p.add_argument("--top", type=integer(1), help="print so many parts only")
     p.add_argument("--out", metavar="FILE", type=Path, help="also write the numbers here, as JSON")
     add_device(p)

@@ -1,7 +1,7 @@
 """How fast the real sizes train on this device: pictures a second, memory, and the share of the device's peak.
 
 Weights, latents and text are random, since speed does not depend on what they hold; the steps are those of the stages, on a CPU in
-float32 throughout. With --data pictures and text are read from shards, ahead of the step as in training: if that is slower than
+float32 throughout. With --data pictures and text are read from the disk, ahead of the step as in training: if that is slower than
 the GPU, it shows here.
 
     python -m studies.speed --size imagenet --batch 64                 # stages 1 to 3
@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 import flow
 import step_distill
+from common import latents
 from common.arguments import Parser, add_device, integer
 from common.device import describe_machine, half, move, pick_device
-from common.shards import ShardedLatents
 from common.training import ahead, make_optimizers, noisy_batch, predict, update_ema
 from distill import Projector, Ratio, combine, normalized
 from model import PRESETS, UNet
@@ -49,7 +49,7 @@ TEACHERS = {  # transformers of random weights
 
 
 class RandomLatents:
-    """Stands in for data.Latents: `batch` pictures and captions of random numbers, in the sizes of the real ones."""
+    """Stands in for Latents: `batch` pictures and captions of random numbers, in the sizes of the real ones."""
 
     streamed, several_encoders, first_clip = True, False, None
 
@@ -251,7 +251,7 @@ def open_latents(args, cfg, side, teacher):
     """What the steps read: --data, or random numbers of the same sizes."""
     if args.data is None:
         return RandomLatents(cfg, side, teacher, args.tokens)
-    data = ShardedLatents(args.data)
+    data = latents.open_latents(args.data)
     data.text_dim = cfg.text_dim
     if tuple(data.shape) != (cfg.latent_channels, side, side):
         raise SystemExit(f"{args.data} holds latents of {'x'.join(map(str, data.shape))}, not of --latent {side}.")
@@ -267,7 +267,7 @@ def parse_arguments(argv=None):
     p = Parser(__doc__, "python -m studies.speed --size imagenet --batch 2 --device cpu --stages 1")
     p.add_argument("--size", choices=PRESETS, default="imagenet", help="the UNet")
     p.add_argument("--latent", type=integer(4, multiple=4), help="side of the latent; default: 8, 32 or 128 by --size")
-    p.add_argument("--data", metavar="DIR", help="shards of data.py encode to read from; default: random numbers")
+    p.add_argument("--data", metavar="DIR", help="what data.py encode wrote, to read from; default: random numbers")
     p.add_argument("--batch", type=integer(1), default=8, help="pictures a step")
     p.add_argument("--tokens", type=integer(1), help="of the student's text; default: 77, for t2i 205, with Gemma's 128")
     p.add_argument("--stages", type=integer(1, 3), nargs="+", default=(1, 2, 3), help="which stages")

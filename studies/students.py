@@ -10,8 +10,8 @@ import torch
 from common.checkpoint import check_encoders, load_student, save_json
 from common.device import describe_machine, half, pick_device
 from common.encoders import FrozenEncoders
+from common.latents import in_memory
 from common.seeds import rng
-from data import Latents
 from evaluate import prompts_of, score
 from sample import decode, draw_pictures
 from step_distill import solve
@@ -29,9 +29,9 @@ def load_students(folders, args):
 
 
 def encode_prompts(prompts, encoders):
-    """Captions without pictures, as data.Latents: what a Teacher needs to know of them."""
+    """Captions without pictures, as Latents: what a Teacher needs to know of them."""
     captions = ["", *dict.fromkeys(prompts)]
-    return Latents(torch.zeros(0), torch.zeros(0), captions, *encoders.encode_captions(captions))
+    return in_memory(torch.zeros(0), torch.zeros(0), captions, *encoders.encode_captions(captions))
 
 
 def draw_with_teacher(args, encoders, prompts, noise, shift):

@@ -14,6 +14,7 @@ from torch import nn
 import export_coreml
 from common.checkpoint import save_json, save_network
 from common.encoders import FrozenEncoders
+from common.latents import in_memory
 from coreml import compress as compression
 from coreml import costs, layers
 from coreml import mil_interpreter as mil
@@ -22,7 +23,6 @@ from coreml.layers import PhoneUNet
 from coreml.package import save_package
 from coreml.pipeline import PARTS, Packages, real_inputs
 from coreml.verify import decibels
-from data import Latents
 from decoder import DecoderConfig, TinyDecoder
 from model import ResBlock, UNet, UNetConfig
 from studies import bits
@@ -251,7 +251,7 @@ def test_a_student_without_its_gemma_is_what_training_saw_when_it_dropped_it(hom
     net, config = save_student(home / "speaker", home, gemma=str(gemma))
     captions = ["", "a photo of a red circle", "a photo"]
     encoders = FrozenEncoders(home / "assets/toy-sd3", gemma=gemma)
-    memory = Latents(torch.zeros(3, 16, 8, 8), torch.arange(3), captions, *encoders.encode_captions(captions),
+    memory = in_memory(torch.zeros(3, 16, 8, 8), torch.arange(3), captions, *encoders.encode_captions(captions),
                      *encoders.gemma.encode(captions), encoders.first_clip, SMALL.text_dim)  # fmt: skip
     student = export_coreml.trained_student(home / "speaker", "assets/zoo/decoder", gemma="none")
     plan, phone = export_coreml.plan_of(student, [8], 16), student.encoders

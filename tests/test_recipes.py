@@ -42,7 +42,7 @@ def commands(page):
             module, arguments = words[called].removesuffix(".py"), words[called + 1 :]
         if module in ("pytest", "ruff", "venv", "pip"):
             continue
-        yield ("common.shards", arguments[1:]) if module == "data" and arguments[:1] == ["encode"] else (module, arguments)
+        yield ("data", arguments[1:]) if module == "data" and arguments[:1] == ["encode"] else (module, arguments)
 
 
 @pytest.mark.parametrize("page", PAGES)

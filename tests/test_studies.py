@@ -14,8 +14,8 @@ import torch
 import model
 from assets import make_zoo
 from common import training
+from common.latents import in_memory
 from common.stopwatch import counting
-from data import Latents
 from model import LADDER, PRESETS, UNet, UNetConfig
 from studies import costs, lab, ladder, peers, silence, speed
 from studies.sizes import count
@@ -272,7 +272,7 @@ def test_a_silenced_part_is_missed_if_it_says_something():
     torch.manual_seed(0)
     cfg = UNetConfig((32, 64), (1, 1), mid_depth=1, layers=1, head_dim=32, groups=16, text_dim=48, self_attention=(False, True))
     net = UNet(cfg).eval()
-    val = Latents(torch.randn(8, 16, 8, 8), torch.arange(8) % 3, ["", "a", "b"], torch.randn(3, 5, 48), torch.ones(3, 5).bool(),
+    val = in_memory(torch.randn(8, 16, 8, 8), torch.arange(8) % 3, ["", "a", "b"], torch.randn(3, 5, 48), torch.ones(3, 5).bool(),
                   torch.randn(3, 8))  # fmt: skip
     device = torch.device("cpu")
     found = silence.parts(net)

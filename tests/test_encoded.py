@@ -1,4 +1,4 @@
-"""Large data sets: ImageNet's and WebDataset's layouts, shards that hold what the encoders said, and training that reads them."""
+"""Large data sets: ImageNet and WebDataset through `data.py encode`, what its tables hold, and training that reads them."""
 
 import io
 import json
@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from datasets import Dataset, Features, Value
 from PIL import Image
 from transformers import T5Config, T5EncoderModel
 
@@ -20,8 +22,9 @@ import distill
 import sample
 import step_distill
 import train_fm
-from common import shards, sources, training
+from common import tables, training
 from common.encoders import FrozenEncoders, pad_text
+from common.latents import in_memory, open_latents
 from common.pictures import open_picture, to_tensor
 from common.shapes import ShapesWorld
 from studies import speed
@@ -82,33 +85,22 @@ ARGUMENTS = ["--resolution", "64", "--min-side", "40", "--device", "cpu", "--bat
 
 @pytest.fixture(scope="module")
 def encoded(home, imagenet):
-    """ImageNet's two classes as three shards of 64 pixels."""
+    """ImageNet's two classes, 64 pixels, in three parts."""
     before = os.getcwd()
     os.chdir(home)
-    data.main(["encode", str(imagenet), "--out", "runs/imagenet", "--per-shard", "9", *ARGUMENTS])
+    data.main(["encode", str(imagenet), "--out", "runs/imagenet", "--per-part", "9", *ARGUMENTS])
     os.chdir(before)
     return home / "runs" / "imagenet"
-
-
-def test_a_rank_reads_the_whole_of_its_tar(tars, monkeypatch):
-    """Whole files are split among ranks, and each is read by one of them."""
-    alone = [item.name for item in sources.read_tar(str(tars / "000.tar"))]
-    monkeypatch.setenv("WORLD_SIZE", "2"), monkeypatch.setenv("RANK", "1")
-    assert [item.name for item in sources.read_tar(str(tars / "000.tar"))] == alone and len(alone) == 12
 
 
 def test_imagenet(encoded, imagenet):
     index = json.loads((encoded / "index.json").read_text())
     assert index["left_out"] == {"too small": 2, "too long or wide": 2, "unreadable": 1}
-    assert index["pictures"] == 20 and len(index["shards"]) == 3 and index["latent"] == [16, 8, 8]
+    assert index["pictures"] == 20 and len(list(encoded.glob("pictures-*"))) == 3 and index["latent"] == [16, 8, 8]
     encoders = FrozenEncoders()
-    training, validation = shards.open_shards(encoded, encoders)
+    training, validation = open_latents(encoded, encoders).split()
     assert len(training) == 19 and len(validation) == 1
-    names = [
-        n
-        for k in range(3)
-        for n in shards.kept(safetensors.safe_open(encoded / f"{k:05d}.safetensors", "pt"), "names")
-    ]
+    names = tables.open_folder(encoded, "pictures").with_format(None)["name"]
     captions = {"n01440764": "a photo of tench", "n01443537": "a photo of goldfish"}
     for i in (0, 7, 18):  # the picture's own latent and caption, from its file
         latent, ids = training.pictures(torch.tensor([i]))
@@ -118,7 +110,7 @@ def test_imagenet(encoded, imagenet):
         assert training.caption_of(i) == captions[path.parent.name] == training.captions_of(ids)[0]
 
 
-def test_a_timed_step_reads_the_shards(encoded, capsys):
+def test_a_timed_step_reads_from_the_disk(encoded, capsys):
     flags = ["--size", "tiny", "--batch", "2", "--rounds", "1", "--device", "cpu", "--modes", "channels_last"]
     flags += ["--data", str(encoded)]
     speed.main([*flags, "--stages", "1", "2"])
@@ -127,27 +119,27 @@ def test_a_timed_step_reads_the_shards(encoded, capsys):
         speed.main([*flags, "--latent", "16"])
 
 
-def test_shards_say_what_latents_in_memory_say(home, tars):
+def test_the_disk_says_what_memory_says(home, tars):
     """The same pictures through a folder and through WebDataset: equal batches, text states and teacher's text."""
     encoders, world = FrozenEncoders(), ShapesWorld("train", 0, 1000)
     data.main(["encode", str(tars / "{000..001}.tar"), "--out", "runs/tars", *ARGUMENTS])
     index = json.loads(Path("runs/tars/index.json").read_text())
     assert index["left_out"] == {"without a caption": 2} and index["pictures"] == 22
-    streamed, validation = shards.open_shards("runs/tars", encoders)
+    streamed, validation = open_latents("runs/tars", encoders).split()
     whole = [i for i in range(100, 124) if i not in (105, 117)]  # these two have no caption
     whole.pop(19)  # the validation set
     captions = ["", *dict.fromkeys(world.caption(i) for i in whole)]
     states, mask, pooled = encoders.encode_text(captions)
     ids = torch.tensor([captions.index(world.caption(i)) for i in whole])
     latents = torch.cat([streamed.pictures(torch.tensor([i]))[0] for i in range(len(streamed))]).half()
-    memory = data.Latents(latents, ids, captions, states.half(), mask, pooled.half(), first_clip=encoders.first_clip)
+    memory = in_memory(latents, ids, captions, states, mask, pooled, first_clip=encoders.first_clip)
     assert len(memory) == len(streamed) == 21 and memory.shape == streamed.shape
     for step in range(3):
         (a, ids_a), (b, ids_b) = memory.batch(0, step, 8), streamed.batch(0, step, 8)
         assert torch.equal(a, b)
         assert [captions[i] for i in ids_a] == streamed.captions_of(ids_b)
         ids_a[2] = ids_b[2] = 0  # a dropped caption
-        length = min(memory.longest, streamed.longest)
+        length = min(memory.index["longest"], streamed.index["longest"])
         for x, y in zip(memory.text(ids_a), streamed.text(ids_b), strict=True):
             assert torch.allclose(x[:, :length].float(), y[:, :length].float(), atol=2e-3)
         for x, y in zip(memory.clip(ids_a), streamed.clip(ids_b), strict=True):
@@ -157,26 +149,75 @@ def test_shards_say_what_latents_in_memory_say(home, tars):
 
 
 def test_encoding_goes_on_where_it_was_and_over_several_processes(home, encoded, imagenet):
-    shutil.copytree(encoded, home / "runs" / "again")
-    (home / "runs/again/index.json").unlink()
-    (home / "runs/again/00001.safetensors").unlink()
-    kept = (home / "runs/again/00000.safetensors").stat().st_mtime_ns
+    again = shutil.copytree(encoded, home / "runs" / "again")
+    for name in ("index.json", "pictures-00001.arrow", "text-00000.arrow"):
+        (again / name).unlink()
+    kept = (again / "pictures-00000.arrow").stat().st_mtime_ns
     with pytest.raises(SystemExit, match=r"has no index.json: data.py encode has not finished"):
-        shards.open_shards("runs/again", FrozenEncoders())
-    with pytest.raises(SystemExit, match="begun otherwise: crop was center, is random"):
-        data.main(["encode", str(imagenet), "--out", "runs/again", "--per-shard", "9", "--crop", "random", *ARGUMENTS])
+        open_latents("runs/again", FrozenEncoders())
+    with pytest.raises(SystemExit, match="begun otherwise: how was center, is random"):
+        data.main(["encode", str(imagenet), "--out", "runs/again", "--per-part", "9", "--crop", "random", *ARGUMENTS])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "data.py"),
-               "encode", str(imagenet), "--out", "runs/again", "--per-shard", "9", *ARGUMENTS]  # fmt: skip
+               "encode", f"{imagenet}/", "--out", "runs/again", "--per-part", "9", *ARGUMENTS]  # fmt: skip
     result = subprocess.run(
         command, cwd=home, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert (home / "runs/again/00000.safetensors").stat().st_mtime_ns == kept
-    assert json.loads((home / "runs/again/index.json").read_text())["pictures"] == 20
-    first, second = (
-        safetensors.torch.load_file(folder / "00001.safetensors") for folder in (encoded, home / "runs/again")
-    )
-    assert all(torch.allclose(first[name].float(), second[name].float(), atol=1e-2) for name in first)
+    assert result.stdout.count("20 pictures; left out: 2 too long or wide (such as n01440764/n01440764_4.JPEG)") == 1
+    assert (again / "pictures-00000.arrow").stat().st_mtime_ns == kept
+    first, second = (open_latents(folder, FrozenEncoders()) for folder in (encoded, again))
+    everything = torch.arange(20)
+    assert torch.allclose(first.pictures(everything)[0], second.pictures(everything)[0], atol=1e-2)
+    assert first.captions == second.captions and torch.equal(first.pictures(everything)[1], second.pictures(everything)[1])
+    for a, b in zip(first.clip(torch.arange(3)), second.clip(torch.arange(3)), strict=True):
+        assert torch.allclose(a.float(), b.float(), atol=1e-2)
+
+
+def test_a_run_reads_on_where_it_was_killed_and_on_two_ranks(home, encoded):
+    """Weights of a run that is stopped and resumed are those of one that never stopped; two ranks see the same pictures."""
+    common = ["--data", "runs/imagenet", "--batch", "4", "--save-every", "2", "--steps", "4", "--device", "cpu"]
+    train_fm.main([*common, "--out", "runs/whole"])
+    with pytest.MonkeyPatch.context() as patch:
+        saved = train_fm.Run.save
+
+        def save_and_die(run, *args, **kwargs):
+            saved(run, *args, **kwargs)
+            raise KeyboardInterrupt
+
+        patch.setattr(train_fm.Run, "save", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train_fm.main([*common, "--out", "runs/stopped"])
+    train_fm.main([*common, "--out", "runs/stopped", "--resume"])
+    whole, stopped = (safetensors.torch.load_file(home / "runs" / name / "train_state/state.safetensors")
+                      for name in ("whole", "stopped"))  # fmt: skip
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    training = open_latents(encoded).split()[0]
+    x, ids = training.batch(0, 3, 8)
+    for rows in (slice(0, 4), slice(4, 8)):
+        mine = training.batch(0, 3, 8, rows)
+        assert torch.equal(mine[0], x[rows]) and torch.equal(mine[1], ids[rows])
+
+
+def test_many_rows_open_at_once_and_take_no_memory(tmp_path):
+    """20,000 latents of 8 kB: what is read of 160 MB are the rows that are asked for. docs/real_sizes.md has a million."""
+    features = Features({"latent": Value("large_binary"), "reason": Value("string")})
+    rows, blob = Dataset.from_dict({"i": range(20_000)}), os.urandom(1 << 20)
+
+    def make(columns, numbers):
+        return {"latent": [blob[i : i + 8192] for i in columns["i"]], "reason": [None] * len(numbers)}
+
+    tables.map_in_parts(rows, make, features, tmp_path, "pictures", batch=500, row_bytes=8192)
+
+    def resident():
+        return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+
+    before, start = resident(), time.process_time()
+    opened = tables.open_folder(tmp_path, "pictures")
+    assert time.process_time() - start < 1 and len(opened) == 20_000
+    numbers = torch.randint(20_000, (50, 64), generator=torch.Generator().manual_seed(0)).tolist()
+    for some in numbers:
+        assert tables.take(opened, some)["latent"] == [blob[i : i + 8192] for i in some]
+    assert resident() - before < 30e6
 
 
 def test_gemma_is_a_third_encoder_behind_the_clips(gemma):
@@ -192,10 +233,10 @@ def test_gemma_is_a_third_encoder_behind_the_clips(gemma):
     assert torch.allclose(states[1, 24:31, :144], own[0], rtol=2e-3, atol=2e-3)  # padding behind changes nothing
 
     gemma_states, gemma_mask = encoders.gemma.encode(captions)
-    memory = data.Latents(torch.zeros(3, 16, 8, 8), torch.arange(3), captions, clip, clip_mask, pooled,
-                          gemma_states[:, :7], gemma_mask[:, :7], encoders.first_clip)  # fmt: skip
+    memory = in_memory(torch.zeros(3, 16, 8, 8), torch.arange(3), captions, clip, clip_mask, pooled,
+                       gemma_states, gemma_mask, encoders.first_clip)  # fmt: skip
     full, none = memory.text(torch.tensor([1]))[0], memory.text(torch.tensor([0]))[0]
-    longest, first = memory.longest, encoders.first_clip
+    longest, first = memory.index["longest"], encoders.first_clip
     for dropped, part in ((0, (slice(None, longest), slice(None, first))), (1, (slice(None, longest), slice(first, 160))),
                           (2, (slice(longest, None), slice(None)))):  # fmt: skip
         ids = torch.ones(1, 3, dtype=torch.long)
@@ -214,14 +255,14 @@ def test_gemma_is_a_third_encoder_behind_the_clips(gemma):
 
 @pytest.fixture(scope="module")
 def twice(home, gemma, tmp_path_factory):
-    """A folder of six pictures, two of them small, as shards of 64 and of 96 pixels that share their text: (source, 64, 96)."""
+    """A folder of six pictures, two of them small, as latents of 64 and of 96 pixels that share their text: (source, 64, 96)."""
     source, world = tmp_path_factory.mktemp("six"), ShapesWorld("train", 0, 1000)
     for i in range(6):
         (source / f"{i}.png").write_bytes(picture(i, (50, 50) if i < 2 else (100, 120)))
         (source / f"{i}.txt").write_text(world.caption(i))
     before, folders = os.getcwd(), (home / "runs/six-64", home / "runs/six-96")
     os.chdir(home)
-    common = [str(source), "--per-shard", "3", "--gemma", str(gemma), "--device", "cpu", "--batch", "2"]
+    common = [str(source), "--per-part", "3", "--gemma", str(gemma), "--device", "cpu", "--batch", "2"]
     data.main(["encode", *common, "--resolution", "64", "--out", str(folders[0])])
     with pytest.MonkeyPatch.context() as patch:  # the second time nobody asks a text encoder
         patch.setattr(FrozenEncoders, "encode_captions", None)
@@ -232,17 +273,14 @@ def twice(home, gemma, tmp_path_factory):
 
 
 def text_in_memory(captions, encoders):
-    """The same text as data.Latents, for captions whose pictures nobody asks for."""
-    states, mask, pooled = encoders.encode_captions(captions)
-    gemma, gemma_mask = encoders.gemma.encode(captions)
-    longest = int(gemma_mask.any(0).sum())
-    return data.Latents(torch.zeros(1, 16, 8, 8), torch.zeros(1), captions, states, mask, pooled, gemma[:, :longest],
-                        gemma_mask[:, :longest], encoders.first_clip)  # fmt: skip
+    """The same text, for captions whose pictures nobody asks for."""
+    return in_memory(torch.zeros(0, 16, 8, 8), torch.zeros(0), captions, *encoders.encode_captions(captions),
+                     *encoders.gemma.encode(captions), encoders.first_clip)  # fmt: skip
 
 
 def assert_same_text(streamed, captions, encoders):
     """Of these captions, with each encoder dropped for one of them: tokens, masks, the teacher's text."""
-    numbers = {streamed.captions_of(torch.tensor([n]))[0]: n for n in range(1, int(streamed.first_caption[-1]))}
+    numbers = {caption: n for n, caption in enumerate(streamed.captions)}
     memory = text_in_memory(["", *captions], encoders)
     a = torch.arange(1, len(captions) + 1)[:, None].expand(-1, 3).clone()
     b = torch.tensor([numbers[caption] for caption in captions])[:, None].expand(-1, 3).clone()
@@ -256,67 +294,35 @@ def assert_same_text(streamed, captions, encoders):
         assert mask_x[i].sum() == mask_y[i].sum()
 
 
-def test_text_is_encoded_and_stored_once_for_all_resolutions(twice, gemma):
+def test_text_is_encoded_and_stored_once_for_all_resolutions(twice, gemma, home):
     source, small, large = twice
     encoders, captions = FrozenEncoders(gemma=gemma), [(source / f"{i}.txt").read_text() for i in range(6)]
-    assert len(list(small.glob("text-0*"))) == 2 and not list(large.glob("text-*"))
+    assert len(list(small.glob("text-0*"))) == 3 and not list(large.glob("text-*"))
     indexes = [json.loads((folder / "index.json").read_text()) for folder in (small, large)]
-    assert [index["pictures"] for index in indexes] == [4, 6] and indexes[1]["settings"]["text"] == "../six-64"
+    assert [index["pictures"] for index in indexes] == [4, 6] and indexes[1]["text"] == "../six-64"
     for folder, side in ((small, 8), (large, 12)):
-        streamed, _ = shards.open_shards(folder, encoders)
+        streamed = open_latents(folder, encoders)
         assert streamed.shape == (16, side, side)
         assert_same_text(streamed, captions, encoders)
     latents, ids = streamed.pictures(torch.arange(6))  # of the small pictures, too, which the first folder left out
     for latent, caption in zip(latents, streamed.captions_of(ids), strict=True):
         expected = encoders.encode_pictures(to_tensor([open_picture(source / f"{captions.index(caption)}.png", 96)]))[0]
         assert (latent - expected).abs().max() < 0.02
-    file = safetensors.safe_open(small / "text-00000.safetensors", "pt")
-    _, real = encoders.gemma.encode(shards.kept(file, "captions"))
-    assert file.get_tensor("gemma").shape == (int(real.sum()), 144)  # no padding of Gemma's is stored
-
-
-def test_shards_of_an_earlier_version_are_read(twice, gemma, home):
-    """Their text lies beside their latents, Gemma's states padded to 128."""
-    source, small, _ = twice
-    encoders, old = FrozenEncoders(gemma=gemma), home / "runs" / "old"
-    old.mkdir()
-    index = json.loads((small / "index.json").read_text())
-    for shard in index["shards"]:
-        text = safetensors.safe_open(small / shard.pop("text"), "pt")
-        latents, captions = safetensors.torch.load_file(small / shard["file"]), shards.kept(text, "captions")
-        states, mask = encoders.gemma.encode(captions)
-        tensors = latents | {name: text.get_tensor(name) for name in ("states", "mask", "pooled")}
-        tensors |= {"gemma": states, "gemma_mask": mask}
-        safetensors.torch.save_file(tensors, old / shard["file"], {"captions": json.dumps(captions)})
-        shard["bytes"] = (old / shard["file"]).stat().st_size
-        del shard["text_bytes"]
-    del index["settings"]["text"]
-    for name, content in (("index.json", index), ("settings.json", index["settings"])):
-        (old / name).write_text(json.dumps(content))
-    streamed, new = shards.open_shards(old, encoders)[0], shards.open_shards(small, encoders)[0]
-    assert_same_text(streamed, [(source / f"{i}.txt").read_text() for i in range(6)], encoders)
-    ids = torch.tensor([2, 0, 4])
-    for x, y in zip((*streamed.text(ids), *streamed.clip(ids)), (*new.text(ids), *new.clip(ids)), strict=True):
-        assert torch.equal(x, y)
-    assert torch.equal(streamed.pictures(torch.arange(4))[0], new.pictures(torch.arange(4))[0])
-    common = ["encode", str(source), "--per-shard", "3", "--gemma", str(gemma), "--device", "cpu", "--resolution", "64"]
-    with pytest.raises(SystemExit, match="begun by an earlier version, whose shards hold their text themselves"):
-        data.main([*common, "--out", str(old)])
+    text = tables.open_folder(small, "text").with_format(None)
+    _, real = encoders.gemma.encode(streamed.captions)
+    assert sum(len(x) for x in text["gemma"]) == int(real.sum()) * 144 * 2  # no padding of Gemma's is stored
     # text of another source, or text that is gone, is no text
-    with pytest.raises(SystemExit, match="six-64 was begun otherwise: source was"):
-        elsewhere = shutil.copytree(source, home / "elsewhere")
-        data.main(["encode", str(elsewhere), *common[2:], "--out", "runs/other", "--text", str(small)])
-    assert not Path("runs/other").exists()
+    common = ["encode", str(source), "--per-part", "3", "--gemma", str(gemma), "--device", "cpu", "--resolution", "64"]
     (source / "3.txt").write_text("another caption")
-    with pytest.raises(SystemExit, match=r"text-0000\d.safetensors has other captions than .* has now"):
+    with pytest.raises(SystemExit, match="captions.arrow has other captions than the source has now, such as 'another caption'"):
         data.main([*common, "--out", "runs/other", "--text", str(small)])
     shutil.copytree(small, home / "runs" / "textless")
-    (home / "runs" / "textless" / "text-00001.safetensors").unlink()
-    with pytest.raises(SystemExit, match="text-00001.safetensors is missing or of another size"):
-        shards.open_shards("runs/textless", encoders)
+    (home / "runs" / "textless" / "text-00001.arrow").unlink()
+    with pytest.raises(SystemExit, match="text-00001.arrow is damaged .it is missing"):
+        open_latents("runs/textless", encoders)
 
 
-def test_all_stages_train_on_shards_with_gemma(home, tars, gemma, monkeypatch):
+def test_all_stages_train_on_the_disk_with_gemma(home, tars, gemma, monkeypatch):
     """Encoded, trained, distilled, step-distilled and drawn with all three encoders; a T5 that speaks is asked as it goes."""
     folder = home / "sd35"
     folder.mkdir()
@@ -335,7 +341,7 @@ def test_all_stages_train_on_shards_with_gemma(home, tars, gemma, monkeypatch):
     assert Image.open("runs/g3.png").size == (64, 64)
     # T5's states for a batch are those that Teacher computes once and for all when the captions fit in memory
     encoders = FrozenEncoders(folder, gemma=gemma)
-    streamed, _ = shards.open_shards("runs/all", encoders)
+    streamed = open_latents("runs/all", encoders)
     x_t, t, _, ids, *_ = training.noisy_batch(streamed, 0, 0, 4, 1.0, 0.1)
     captions = streamed.captions_of(ids.amax(1))
     text = encode_prompts(captions, encoders)
@@ -362,46 +368,18 @@ def test_accumulation_and_checkpointing_change_nothing(home, monkeypatch):
         shutil.rmtree(home / "runs/plain"), shutil.rmtree(home / "runs/parts")
 
 
-def test_a_tar_that_was_cut_anywhere_is_damaged(tars, tmp_path):
-    whole, lost = (tars / "000.tar").read_bytes(), tmp_path / "000.tar"
-    with tarfile.open(tars / "000.tar") as tar:
-        second = tar.getmembers()[1]
-    for size in (0, 300, second.offset, second.offset + 300, second.offset_data, second.offset_data + 10, 20_000):
-        lost.write_bytes(whole[:size])
-        with pytest.raises(SystemExit, match="000.tar is damaged"):
-            list(sources.read_tar(str(lost)))
-
-
-def test_an_empty_tar_stands_in_for_a_lost_one(home, tars, tmp_path, gemma):
-    """What the error about a damaged .tar says: the other shards stay, and the data set becomes whole."""
-    source, out = shutil.copytree(tars, tmp_path / "source"), tmp_path / "out"
-    lost = source / "000.tar"
-    lost.write_bytes(lost.read_bytes()[:20_000])
-    command = ["encode", str(source), "--out", str(out), *ARGUMENTS, "--gemma", str(gemma)]
-    with pytest.raises(SystemExit, match="put an empty .tar in its place"):
-        data.main(command)
-    tarfile.open(lost, "w").close()
-    data.main(command)
-    index = json.loads((out / "index.json").read_text())
-    assert 0 < index["pictures"] <= 12
-
-
 def test_bad_input_ends_in_one_sentence(home, encoded, imagenet, tars, tmp_path, gemma):
     encoders = FrozenEncoders()
-    cut = tmp_path / "cut"
-    cut.mkdir()
-    (cut / "000.tar").write_bytes((tars / "000.tar").read_bytes()[:20_000])
     nameless = shutil.copytree(imagenet, tmp_path / "nameless")
     (nameless / "LOC_synset_mapping.txt").unlink()
     shutil.copytree(imagenet, tmp_path / "unknown")
     (tmp_path / "unknown" / "LOC_synset_mapping.txt").write_text("n01440764 tench\n")
     for source, words in (
         ("nowhere", "no such folder"),
-        ("nowhere/{00..03}.tar", "4 of 4 shards are not there"),
-        (str(cut), "000.tar is damaged"),
+        ("nowhere/{00..03}.tar", "4 of 4 .tar files are not there"),
         (str(nameless), "not their names: put LOC_synset_mapping.txt"),
         (str(tmp_path / "unknown"), "no name for 1 classes, such as n01443537"),
-        (str(imagenet), "no picture was left"),
+        (str(imagenet), "no captioned pictures in .*Left out: .* 24 too small"),
     ):
         with pytest.raises(SystemExit, match=words):
             data.main(
@@ -411,19 +389,21 @@ def test_bad_input_ends_in_one_sentence(home, encoded, imagenet, tars, tmp_path,
                     "--out",
                     str(tmp_path / "out"),
                     *ARGUMENTS,
-                    *(["--min-side", "500"] if "left" in words else []),
+                    *(["--min-side", "500"] if "small" in words else []),
                 ]
             )
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
     common = ["--batch", "4", "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "run")]
-    damaged = shutil.copytree(encoded, tmp_path / "damaged")
-    whole = (damaged / "00001.safetensors").read_bytes()
-    (damaged / "00001.safetensors").write_bytes(b"\xff" * len(whole))
-    short = shutil.copytree(encoded, tmp_path / "short")
-    (short / "00002.safetensors").write_bytes(whole[:100])
+    short, lost = (shutil.copytree(encoded, tmp_path / name) for name in ("short", "lost"))
+    (short / "pictures-00002.arrow").write_bytes((short / "pictures-00002.arrow").read_bytes()[:-9])
+    (lost / "pictures-00002.arrow").unlink()
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    (earlier / "00000.safetensors").write_bytes(b"")
     for arguments, words in (
-        (["--data", str(damaged)], "00001.safetensors is damaged"),
-        (["--data", str(short)], "00002.safetensors is missing or of another size"),
+        (["--data", str(short)], "pictures-00002.arrow is damaged"),
+        (["--data", str(lost)], "a file of .* is missing: run data.py encode again"),
+        (["--data", str(earlier)], "was encoded by an earlier version: encode it again"),
         (["--data", str(encoded), "--resolution", "128"], "are of 64 pixels: give --resolution 64"),
         (["--data", str(encoded), "--gemma", str(gemma)], "was encoded without Gemma"),
         (["--data", str(encoded), "--gemma", "nowhere"], "is no Gemma folder"),
