@@ -178,13 +178,13 @@ def test_a_run_reads_on_where_it_was_killed_and_on_two_ranks(home, encoded):
     common = ["--data", "runs/imagenet", "--batch", "4", "--save-every", "2", "--steps", "4", "--device", "cpu"]
     train_fm.main([*common, "--out", "runs/whole"])
     with pytest.MonkeyPatch.context() as patch:
-        saved = train_fm.Run.save
+        save_state = train_fm.save_state
 
-        def save_and_die(run, *args, **kwargs):
-            saved(run, *args, **kwargs)
+        def save_and_die(*args, **kwargs):
+            save_state(*args, **kwargs)
             raise KeyboardInterrupt
 
-        patch.setattr(train_fm.Run, "save", save_and_die)
+        patch.setattr(train_fm, "save_state", save_and_die)
         with pytest.raises(KeyboardInterrupt):
             train_fm.main([*common, "--out", "runs/stopped"])
     train_fm.main([*common, "--out", "runs/stopped", "--resume"])

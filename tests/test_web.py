@@ -24,7 +24,7 @@ from PIL import Image
 import latency
 from common.checkpoint import load_student
 from common.encoders import FrozenEncoders
-from coreml import cases
+from coreml import pipeline
 from coreml.layers import PhoneText
 from coreml.texts import EXAMPLE, tokens_of
 from decoder import PRESETS as DECODERS
@@ -290,8 +290,8 @@ def student():
 
 
 def test_tokens_times_and_noise_are_pythons(page):
-    tokenizers = cases.toy_tokenizers()
-    expected = cases.cases(tokenizers, tokenizers["tokenizer"].model_max_length)
+    tokenizers = pipeline.toy_tokenizers()
+    expected = pipeline.cases(tokenizers, tokenizers["tokenizer"].model_max_length)
     names = list(tokenizers)
     found = page.run("return given[0].map((c) => { const t = app.state.tokenizers[given[1].indexOf(c.tokenizer)];"
                      "return [t.encode(c.text), [...t.padded(c.text, given[2])]] })",
