@@ -22,7 +22,7 @@ from tqdm import tqdm
 from common import parallel
 from common.checkpoint import save_atomically, save_json
 from common.encoders import hash_folders
-from common.sources import class_names, lines_of
+from common.texts import class_names, lines_of
 
 GRID = 4  # pictures a prompt in DPG-Bench
 

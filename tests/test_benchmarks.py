@@ -16,7 +16,7 @@ import evaluate
 import sample
 from common import benchmarks
 from common.shapes import ShapesWorld
-from common.sources import class_names
+from common.texts import class_names
 
 pytestmark = pytest.mark.usefixtures("at_home")
 ROOT = Path(__file__).parent.parent
