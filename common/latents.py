@@ -11,13 +11,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common.encoders import join_text, pad_text
 from common.seeds import batch_indices, rng
-from common.tables import column, open_folder, open_tables, take
+from common.tables import column, open_folder, open_tables
 
 PICTURES = Features({"name": Value("string"), "captions": List(Value("string")), "reason": Value("string"),
                      "latent": Value("large_binary")})  # fmt: skip
 CAPTIONS, IDS = Features({"caption": Value("string")}), Features({"ids": List(Value("int64"))})
 TEXTS = Features({"states": Value("large_binary"), "mask": Value("binary"), "pooled": Value("binary"),
                   "gemma": Value("large_binary"), "tokens": Value("int64"), "gemma_tokens": Value("int64")})  # fmt: skip
+
+
+def take(rows, numbers):
+    """{column: list} of some rows of such a table, in any order; bytes as they are: numpy.frombuffer() reads them."""
+    return rows[[int(number) for number in numbers]].to_pydict()
 
 
 class Latents:
@@ -61,7 +66,7 @@ class Latents:
     def pictures(self, index, chance=None):
         """(latents (B, 16, h, w) float32, caption ids (B,)) of these pictures: of several captions the one that `chance`
         (B,), numbers in [0, 1), picks; or the first."""
-        rows = self.numbers[index]
+        rows = self.numbers[np.asarray(index)]
         ids = take(self.ids, rows)["ids"]
         picks = [0] * len(rows) if chance is None else (chance * torch.tensor([len(own) for own in ids])).long()
         latents = np.stack([np.frombuffer(x, np.float16).reshape(self.shape) for x in take(self.latent_rows, rows)["latent"]])
@@ -112,7 +117,9 @@ class Latents:
         states[..., : self.first_clip] = rows["states"][large, real, : self.first_clip]
         if "gemma" in rows:
             states, mask = join_text([(states, mask), (rows["gemma"][gemma], rows["gemma_mask"][gemma])])
-        return pad_text(states, self.text_dim or states.shape[-1], self.first_clip), mask
+        if self.text_dim not in (None, states.shape[-1]):
+            states = pad_text(states, self.text_dim, self.first_clip)
+        return states, mask
 
     def clip(self, ids):
         """(states (B, T, D), pooled (B, P)) float16 of captions, both CLIPs alone and padding included: for the teacher.

@@ -112,11 +112,6 @@ def save_table(columns, features, path):
     save_atomically(save, path)
 
 
-def take(rows, numbers):
-    """{column: list} of some rows of such a table, in any order; bytes as they are: numpy.frombuffer() reads them."""
-    return rows[[int(number) for number in numbers]].to_pydict()
-
-
 def column(rows, name):
     """A whole column, as pyarrow has it: nothing is read but its own bytes."""
     return rows.data.column(name)

@@ -122,7 +122,7 @@ def make_stage(stage, model, forward, data, teacher, device, args):
         discriminator, ratio = step_distill.Discriminator(teacher).to(device), Ratio().to(device)
         of_heads = torch.optim.AdamW(discriminator.parameters(), lr=1e-5)
         times = flow.sampling_timesteps(4, 3.0)[:-1]
-    settings = argparse.Namespace(batch=args.batch, seed=0, on_policy=0.5, level_shift=1.0, weighting="scaled", task_weight=1.0)
+    settings = argparse.Namespace(batch=args.batch, seed=0, on_policy=0.5, level_shift=1.0)
     if stage == 3:
         batches = ahead(lambda i: step_distill.draw_points(data, settings, times, i), itertools.count(), device)
     else:
@@ -145,8 +145,7 @@ def make_stage(stage, model, forward, data, teacher, device, args):
         v_teacher, features = teacher(b.x_t, b.t, b.ids)
         losses = {"task": (predicted - b.v).square().mean((1, 2, 3)), "out": (predicted - v_teacher).square().mean((1, 2, 3)),
                   "feat": (projector(feature) - normalized(features[-1])).square().mean((1, 2, 3))}  # fmt: skip
-        weights = {"out": settings.out_weight, "feat": settings.feat_weight}
-        combine(losses, b.t, ratios, settings.weighting, weights, settings.task_weight).mean().backward()
+        combine(losses, b.t, ratios, "scaled", {}).mean().backward()
         finish(step)
 
     def third(step):  # the target is one forward of a few-step teacher, as with SD3.5-Large-Turbo

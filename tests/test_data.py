@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import data
-from common import shapes, sources, tables
+from common import latents, shapes, sources, tables
 from common.encoders import hash_file, hash_folders
 from common.latents import CAPTIONS
 from common.pictures import to_pictures, to_tensor
@@ -210,7 +210,7 @@ def test_more_captions_than_a_header_holds(tmp_path):
     """A safetensors header of over 100 MB cannot be read again: 100,000 captions of 150 Chinese characters."""
     captions = [f"{i:06d}" + "\u4e2d" * 150 for i in range(100_000)]
     tables.save_table({"caption": captions}, CAPTIONS, tmp_path / "captions.arrow")
-    assert tables.take(tables.open_tables([tmp_path / "captions.arrow"]), [99_999])["caption"] == captions[-1:]
+    assert latents.take(tables.open_tables([tmp_path / "captions.arrow"]), [99_999])["caption"] == captions[-1:]
 
 
 def test_of_several_captions_training_takes_one_by_chance(tmp_path):

@@ -22,7 +22,7 @@ import distill
 import sample
 import step_distill
 import train_fm
-from common import tables, training
+from common import latents, tables, training
 from common.encoders import FrozenEncoders, pad_text
 from common.latents import in_memory, open_latents
 from common.pictures import open_picture, to_tensor
@@ -216,7 +216,7 @@ def test_many_rows_open_at_once_and_take_no_memory(tmp_path):
     assert time.process_time() - start < 1 and len(opened) == 20_000
     numbers = torch.randint(20_000, (50, 64), generator=torch.Generator().manual_seed(0)).tolist()
     for some in numbers:
-        assert tables.take(opened, some)["latent"] == [blob[i : i + 8192] for i in some]
+        assert latents.take(opened, some)["latent"] == [blob[i : i + 8192] for i in some]
     assert resident() - before < 30e6
 
 
@@ -379,7 +379,7 @@ def test_bad_input_ends_in_one_sentence(home, encoded, imagenet, tars, tmp_path,
         ("nowhere/{00..03}.tar", "4 of 4 .tar files are not there"),
         (str(nameless), "not their names: put LOC_synset_mapping.txt"),
         (str(tmp_path / "unknown"), "no name for 1 classes, such as n01443537"),
-        (str(imagenet), "no captioned pictures in .*Left out: .* 24 too small"),
+        (str(imagenet), "no captioned pictures in .*Left out: .*24 too small"),
     ):
         with pytest.raises(SystemExit, match=words):
             data.main(
