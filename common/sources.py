@@ -35,7 +35,7 @@ from common.texts import TEXT_KEYS, clean
 TEXT_ENDINGS, METADATA = (".txt", ".caption"), ("metadata.jsonl", "metadata.csv")
 NO_CAPTION, TWICE, MISSING = "without a caption", "with a caption that belongs to another picture", "missing"
 UNREADABLE, MAC, NO_PICTURE = "unreadable", "side files of a Mac", "no picture by its ending"
-ALONE = "captions without a picture"
+ALONE, SMALL, LONG = "captions without a picture", "too small", "too long or wide"
 CUT, NO_TAR = "cut off with the end of a .tar (fetch it again)", "no .tar, or a compressed one (unpack it)"
 ROWS = Features({"name": Value("string"), "captions": List(Value("string")), "reason": Value("string"),
                  "file": Value("binary"), "offset": Value("int64"), "size": Value("int64"), "changed": Value("int64")})
@@ -386,9 +386,9 @@ class Crop(NamedTuple):
         """The square (PIL), or the reason why there is none. `number` of the row: random places follow from it."""
         short, long = sorted(picture.size)
         if short < self.min_side:
-            return "too small"
+            return SMALL
         if long > self.max_aspect * short:
-            return "too long or wide"
+            return LONG
         places = torch.rand(2, generator=rng(self.seed, number)).tolist() if self.how == "random" else (0.5, 0.5)
         return cut_square(picture, self.side, *places)
 
@@ -489,5 +489,7 @@ def nothing_left(source, left_out, captioned=True):
     """The sentence when no picture can be used."""
     if not captioned:
         return f"no pictures in {source}: it needs files that end in {', '.join(PICTURE_ENDINGS)}. Left out: {left_out}."
+    if SMALL in left_out or LONG in left_out:
+        return f"no picture of {source} is left: look at --min-side and --max-aspect. Left out: {left_out}."
     return (f"no captioned pictures in {source}: put x.txt beside each x.png, or a metadata.jsonl with one "
             f'{{"file_name": ..., "text": ...}} a line. Left out: {left_out}.')  # fmt: skip

@@ -379,7 +379,7 @@ def test_bad_input_ends_in_one_sentence(home, encoded, imagenet, tars, tmp_path,
         ("nowhere/{00..03}.tar", "4 of 4 .tar files are not there"),
         (str(nameless), "not their names: put LOC_synset_mapping.txt"),
         (str(tmp_path / "unknown"), "no name for 1 classes, such as n01443537"),
-        (str(imagenet), "no captioned pictures in .*Left out: .*24 too small"),
+        (str(imagenet), "no picture of .* is left: look at --min-side and --max-aspect. Left out: 24 too small"),
     ):
         with pytest.raises(SystemExit, match=words):
             data.main(
