@@ -423,7 +423,7 @@ def main(argv=None):
     if args.mixed:
         seen = real_inputs(student.networks["unet"], plan, encoders, PROMPTS, student.text, student.mask)
 
-    report = json.loads(record.read_text()) if record.is_file() else {"parts": {}}
+    report = json.loads(record.read_text(encoding="utf-8-sig")) if record.is_file() else {"parts": {}}
     about, exported = describe_machine(torch.device("cpu")) | {"coremltools": ct.__version__}, False
     with clear_errors(out):
         out.mkdir(parents=True, exist_ok=True)

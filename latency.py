@@ -68,7 +68,7 @@ def parts_in(folder):
 
 
 def plan_in(folder):
-    return json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))
+    return json.loads((folder / "pipeline.json").read_text(encoding="utf-8-sig"))
 
 
 def describe_packages(folder, n, loads):
@@ -130,7 +130,7 @@ def title(report):
 def read_report(file):
     """A report of times, see the top of this file. Raises SystemExit if it is none."""
     try:
-        report = json.loads(Path(file).read_text(encoding="utf-8"))
+        report = json.loads(Path(file).read_text(encoding="utf-8-sig"))
         title(report), report["parts"].items(), report["packages"].items()
         return report
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -229,7 +229,7 @@ def main(argv=None):
         return compare(args.compare)
     parts = parts_in(args.folder)
     if args.swift:
-        swift = SWIFT.read_text(encoding="utf-8")
+        swift = SWIFT.read_text(encoding="utf-8-sig")
         print(swift.replace('["text_encoder", "unet", "decoder"]', json.dumps(parts)), end="")
         return None
     about = describe_packages(args.folder, args.n, args.loads)

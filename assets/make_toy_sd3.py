@@ -77,7 +77,7 @@ def save_part(network, folder):
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     copy.deepcopy(network).half().save_pretrained(beside)
     # transformers would load half precision as such, diffusers as float32, and the pipeline would mix them: float32 for all.
-    config = json.loads((beside / "config.json").read_text())
+    config = json.loads((beside / "config.json").read_text(encoding="utf-8-sig"))
     if "dtype" in config:
         save_json({**config, "dtype": "float32"}, beside / "config.json")
     shutil.rmtree(folder, ignore_errors=True)

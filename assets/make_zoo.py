@@ -77,7 +77,7 @@ def path_of(part, args):
 
 def record_of(part, args):
     path = path_of(part, args)
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
 
 
 def parse_arguments(argv=None):

@@ -87,7 +87,7 @@ def draw_files(draw, what, n, seed, batch, settings, out, npz=None):
     settings = {**settings, "captions": hash_folders([Path(what).absolute()])}
     with parallel.first_alone():
         path = out / "settings.json"
-        if path.is_file() and (old := json.loads(path.read_text())) != settings:
+        if path.is_file() and (old := json.loads(path.read_text(encoding="utf-8-sig"))) != settings:
             changed = [f"{k} was {old.get(k)}, is {v}" for k, v in settings.items() if old.get(k) != v]
             told = "; ".join(changed)
             raise SystemExit(f"{out} holds other pictures: {told}. Give another --out, or delete it.")

@@ -99,7 +99,7 @@ def load_network(folder, build, what, advice, device="cpu"):
         if not (folder / name).is_file():
             raise SystemExit(f"{folder} is not a {what}: it has no {name}. {advice}.")
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
         model = build(config)
         weights = safetensors.torch.load_file(folder / "model.safetensors")
     except (
@@ -159,7 +159,7 @@ def read_config(folder):
     """config.json of a run; {} if there is none yet. Raises SystemExit when it is damaged."""
     path = Path(folder) / "config.json"
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
     except ValueError as error:
         raise SystemExit(f"{path} is damaged ({error}); delete the run and start again.") from error
 
@@ -232,7 +232,7 @@ def main(argv=None):
     parser.add_argument("target", type=Path, help="where the copy goes: model.safetensors and config.json")
     args = parser.parse_args(argv)
     try:
-        config = json.loads((args.source / "config.json").read_text())
+        config = json.loads((args.source / "config.json").read_text(encoding="utf-8-sig"))
         weights = safetensors.torch.load_file(args.source / "model.safetensors")
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise SystemExit(f"{args.source} holds no trained network: {error}") from error

@@ -42,7 +42,7 @@ def git(*words):
 def processor():
     """The CPU's name; on Linux with family and model, since a virtual machine's name often says no more than the maker's."""
     try:
-        pairs = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()]
+        pairs = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text(encoding="utf-8-sig").split("\n\n")[0].splitlines()]
         facts = {name.strip(): value.strip() for name, value in pairs}
         return f"{facts['model name']}, family {facts['cpu family']}, model {facts['model']}"
     except (OSError, ValueError, KeyError):

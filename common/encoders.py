@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, CLIPTextModelWithProjection, CLIPTokeniz
 from common import parallel
 from common.checkpoint import save_atomically
 from common.device import half
+from common.texts import check_text
 
 transformers.utils.logging.disable_progress_bar()  # one bar per network says nothing
 PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -47,8 +48,8 @@ def hash_file(path, large=1 << 26):
     stat = path.stat()
     key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}".encode("utf-8", "surrogateescape")
     note = Path("runs/cache/hashes") / hashlib.sha256(key).hexdigest()
-    if stat.st_size >= large and note.is_file() and len(note.read_text()) == 64:
-        return note.read_text()
+    if stat.st_size >= large and note.is_file() and len(note.read_text(encoding="utf-8-sig")) == 64:
+        return note.read_text(encoding="utf-8-sig")
     digest = hashlib.sha256()
     with open(path, "rb") as file, tqdm(total=stat.st_size, unit="B", unit_scale=True, desc=f"reading {path.name}",
                                         disable=True if stat.st_size < large else None) as bar:  # fmt: skip
@@ -170,8 +171,9 @@ class FrozenEncoders(FrozenAutoencoder):
             mask: (B, T) bool, True up to and including the end-of-text token; the rest is padding.
             pooled: (B, P) both projected end-of-text states, concatenated.
 
-        Over-long captions are cut to T tokens with a warning.
+        Over-long captions are cut to T tokens with a warning. Raises SystemExit for what is no text: see check_text.
         """
+        check_text(captions)
         states, pooled, mask = [], [], None
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             tokens = tokenizer(

@@ -33,6 +33,9 @@ def map_in_parts(rows, function, features, folder, name, per_part=4096, batch=64
     """
     paths = [folder / f"{name}-{k:05d}.arrow" for k in range(-(-len(rows) // per_part))]
     missing = [k for k, path in enumerate(paths) if not is_whole(path)]
+    for k in missing:
+        if paths[k].is_file():
+            warnings.warn(f"{paths[k]} is damaged; making it again", stacklevel=2)
     parallel.wait()  # all have looked before the first one writes
     if parallel.rank() == 0:
         for left in folder.glob("tmp*"):  # by a map() that was killed
@@ -76,10 +79,7 @@ def is_whole(path):
         return False
     with open(path, "rb") as file:
         file.seek(max(0, file.seek(0, 2) - len(END)))
-        whole = file.read() == END
-    if not whole:
-        warnings.warn(f"{path} is damaged; making it again", stacklevel=3)
-    return whole
+        return file.read() == END
 
 
 def open_tables(paths):

@@ -173,7 +173,7 @@ def read_geneval(path):
     Raises SystemExit with one sentence when it cannot be read, or nothing in it is known here.
     """
     try:
-        lines = Path(path).read_text("utf-8-sig").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         rows = [json.loads(line) for line in lines if line.strip()]
         pairs = [(row["tag"], row["prompt"]) for row in rows]
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -235,6 +235,6 @@ def read_lines(package, function="main"):
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))[function]
+        return json.loads(path.read_text(encoding="utf-8-sig"))[function]
     except (ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"{path} does not belong to its package ({error!r}): export it again with --force.") from error

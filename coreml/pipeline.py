@@ -48,7 +48,7 @@ class Packages:
 
     def __init__(self, folder):
         folder = Path(folder)
-        self.plan = json.loads((folder / "pipeline.json").read_text())
+        self.plan = json.loads((folder / "pipeline.json").read_text(encoding="utf-8-sig"))
         self.programs = {name: mil.read_package(folder / f"{name}.mlpackage") for name in PARTS}
         self.tokenizers = [CLIPTokenizer.from_pretrained(folder / name) for name in self.plan["tokenizers"]]
         self.max_tokens = self.plan["tokens"]

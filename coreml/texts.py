@@ -56,7 +56,7 @@ def open_encoders(config, width, model, teacher=None, drop_gemma=None, wanted=Tr
                          "training did now and then, by --gemma none; or run a language model elsewhere, and give --parts unet "
                          "decoder.")  # fmt: skip
     paths = [folder / name / "config.json" for name in ("text_encoder", "text_encoder_2")]
-    kinds = {p.parent: json.loads(p.read_text()).get("model_type") for p in paths if p.is_file()}
+    kinds = {p.parent: json.loads(p.read_text(encoding="utf-8-sig")).get("model_type") for p in paths if p.is_file()}
     others = {path: kind for path, kind in kinds.items() if kind != "clip_text_model"}
     if others and wanted:  # billions of weights do not belong on a phone, and the layers are not CLIP's
         path, kind = next(iter(others.items()))

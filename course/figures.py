@@ -329,7 +329,7 @@ def draw_decoder():
 
 def toy_teacher():
     """(config of the class-scale transformer, its parameters)."""
-    config = json.loads((TOY / "transformer" / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((TOY / "transformer" / "config.json").read_text(encoding="utf-8-sig"))
     with torch.device("meta"):
         net = SD3Transformer2DModel.from_config(config)
     return config, sum(p.numel() for p in net.parameters())

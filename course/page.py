@@ -41,7 +41,7 @@ def h(tag, *inside, **attributes):
 
 def document(title, *body):
     """The whole page as text."""
-    style, script = ((HERE / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    style, script = ((HERE / f"report.{kind}").read_text(encoding="utf-8-sig") for kind in ("css", "js"))
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()  # this script and no other
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
     page = h("html",

@@ -105,7 +105,7 @@ class RunFolder:
 
 def read_json(path):
     """The object in a JSON file. Raises ValueError or OSError."""
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = json.loads(path.read_text(encoding="utf-8-sig"))
     if not isinstance(value, dict):
         raise ValueError("it holds no object")
     return value
@@ -131,7 +131,7 @@ def read_log(path):
     log, names = Log(path, resume_step=10**12), {}  # Log keeps the rows up to a step
     for row in log.rows:
         names |= {name: None for name in row if name}
-    written = sum(1 for line in path.read_text(encoding="utf-8").splitlines()[1:] if line.strip())
+    written = sum(1 for line in path.read_text(encoding="utf-8-sig").splitlines()[1:] if line.strip())
     return {name: log.column(name) for name in names}, written - len(log.rows)
 
 

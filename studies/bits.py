@@ -56,7 +56,7 @@ def load(path):
 def measure_prices(args, seen):
     """{part: compress.price_of_each() of its package}, kept in prices.json, one part after the other."""
     path = args.out / "prices.json"
-    prices = json.loads(path.read_text()) if path.is_file() else {}
+    prices = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
     for part in PARTS:
         if part not in prices:
             prices[part] = price_of_each(load(args.out / "16" / f"{part}.mlpackage"), seen[part])
@@ -71,7 +71,7 @@ def make_packages(args, name, bits):
         return whole
     for part in PARTS:
         save_package(compress(load(whole / f"{part}.mlpackage"), bits[part]), folder / f"{part}.mlpackage")
-    plan = json.loads((whole / "pipeline.json").read_text())
+    plan = json.loads((whole / "pipeline.json").read_text(encoding="utf-8-sig"))
     for tokenizer in plan["tokenizers"]:
         shutil.copytree(whole / tokenizer, folder / tokenizer, dirs_exist_ok=True)
     save_json(plan | {"nbits": bits["unet"] if isinstance(bits["unet"], int) else name}, folder / "pipeline.json")
@@ -188,7 +188,7 @@ def main(argv=None):
     settings = {"weights": hash_folders([args.model, args.decoder]), "layout": args.layout, "gemma": args.gemma,
                 "per_family": args.per_family, "seed": args.seed}  # fmt: skip
     kept = args.out / "settings.json"
-    if kept.is_file() and json.loads(kept.read_text()) != settings:
+    if kept.is_file() and json.loads(kept.read_text(encoding="utf-8-sig")) != settings:
         raise SystemExit(f"{args.out} holds rows of another student, or with other settings: give another --out, or delete it.")
     save_json(settings, kept)
     command = ["--model", args.model, "--decoder", args.decoder, "--layout", args.layout, "--out", str(args.out / "16")]
@@ -207,7 +207,7 @@ def main(argv=None):
             row = measure(folder, seen, expected, prompts_of("val", args.per_family, 0))
             own = bits["unet"]
             save_json(row | {"average": own if isinstance(own, int) else average_bits(prices["unet"], own)}, path)
-        rows[name] = json.loads(path.read_text())
+        rows[name] = json.loads(path.read_text(encoding="utf-8-sig"))
     print_table(rows, prices, args)
     plot(rows, prices, args)
     machine = describe_machine(torch.device("cpu"))

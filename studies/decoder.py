@@ -111,7 +111,7 @@ def resident_peak():
     """The most memory this process has held so far, in bytes."""
     status = Path("/proc/self/status")
     if status.is_file():  # Linux's getrusage would count the parent's peak as well
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+        return 1024 * int(status.read_text(encoding="utf-8-sig").split("VmHWM:")[1].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -100,7 +100,7 @@ def kept(args, name, measure):
     path = args.work / f"{name}.json"
     if not path.is_file():
         save_json(measure(), path)
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def scores(args, name, stage, **how):

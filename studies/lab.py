@@ -121,7 +121,7 @@ def table(rows, done, args):
                      f"{f'{low:.3f} to {high:.3f}':16}{row['kid']:7.4f}")  # fmt: skip
     psnr = Log(args.out / "decoder" / "log.csv", resume_step=10**9).column("val_psnr")[-1]
     lines.append(f"{'   tiny decoder':24}{minutes['decoder']:8.1f}   {psnr:.2f} dB on validation pictures")
-    report = json.loads((args.out / "build" / "verification.json").read_text())["parts"]
+    report = json.loads((args.out / "build" / "verification.json").read_text(encoding="utf-8-sig"))["parts"]
     decibels = {part: min(size["decibels"] for size in r["sizes"].values()) for part, r in report.items()}
     lines.append(f"{'4  packages':24}{minutes['build']:8.1f}   float16: "
                  + ", ".join(f"{part} {value:.1f} dB" for part, value in decibels.items()))  # fmt: skip
@@ -150,7 +150,7 @@ def main(argv=None):
     record = args.out / "lab.json"
     if args.out.is_dir() and any(args.out.iterdir()) and not args.resume:
         raise SystemExit(f"{args.out} holds a lab already: go on with --resume, choose another --out, or delete it.")
-    done = json.loads(record.read_text()) if record.is_file() else {}
+    done = json.loads(record.read_text(encoding="utf-8-sig")) if record.is_file() else {}
     settings = {"seed": args.seed, "teacher": args.teacher}
     done = done or {"settings": settings}
     if done.get("settings") != settings:

@@ -194,7 +194,7 @@ def main(argv=None):
     names = ("minutes", "points", "per_family", "teacher", "pictures", "batch", "seed", "compile")
     settings = {name: getattr(args, name) for name in names} | describe_machine(encoders.device)
     if (args.out / "peers.json").is_file():
-        results = json.loads((args.out / "peers.json").read_text())
+        results = json.loads((args.out / "peers.json").read_text(encoding="utf-8-sig"))
         if any(result.get("settings") != settings for result in results.values()):
             raise SystemExit(f"{args.out}/peers.json is of other settings, another commit or machine: give another --out, or "
                              "delete it.")  # fmt: skip

@@ -72,7 +72,7 @@ def same_start(args):
         raise SystemExit(f"the runs in {args.out} are not told what they began from: give another --out, or delete it.")
     if not path.is_file():
         save_json(now, path)
-    elif (began := json.loads(path.read_text()))["weights"] != now["weights"]:
+    elif (began := json.loads(path.read_text(encoding="utf-8-sig")))["weights"] != now["weights"]:
         raise SystemExit(f"the runs in {args.out} began from other weights (of {began['init']}) than --init {args.init} has: give "
                          "another --out, or delete it.")  # fmt: skip
 
@@ -81,7 +81,7 @@ def score_once(folder, path, measure, encoders):
     """measure(model, config, encoders) of a student folder, kept in the JSON file `path`."""
     if not path.is_file():
         save_json(measure(*load_student(folder, encoders.device), encoders), path)
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def mini_geneval(folder, encoders, per_family):

@@ -129,3 +129,12 @@ def test_what_is_wrong_ends_in_one_sentence(monkeypatch):
     ):
         with pytest.raises(SystemExit, match=re.escape(sentence)):
             importlib.import_module(name).main(flags)
+
+
+def test_text_is_read_with_or_without_a_byte_order_mark():
+    """Editors put one first; and str.splitlines() would cut at U+2028 and U+0085, which captions hold: see common/texts.py."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "read_text":
+                read = ast.unparse(node)
+                assert "utf-8-sig" in read or read.startswith("texts."), f"{path}: {read}"

@@ -210,7 +210,7 @@ def copy_page(out):
             shutil.copyfile(RUNTIME / "dist" / file, out / "ort" / file)
         wasm = pack((RUNTIME / "dist" / f"{binary}.wasm").read_bytes(), out / "ort" / f"{binary}.wasm.gz")
         packed[backend] = wasm["packed"]
-    return json.loads((RUNTIME / "package.json").read_text())["version"], packed
+    return json.loads((RUNTIME / "package.json").read_text(encoding="utf-8-sig"))["version"], packed
 
 
 def check_size(files, parameters):
@@ -283,7 +283,7 @@ def read_tokenizer(tokenizer):
     """tokenizer.json and tokenizer_config.json, as one object."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        file, settings = (json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+        file, settings = (json.loads((Path(folder) / name).read_text(encoding="utf-8-sig"))
                           for name in ("tokenizer.json", "tokenizer_config.json"))  # fmt: skip
     return {"file": file, "settings": settings}
 

@@ -112,8 +112,8 @@ def bits_runs(answer):
     for bits in (4, 6):
         folder = Path(str(getattr(answer, f"BUILD_{bits}")))
         try:
-            plan = json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))
-            report = json.loads((folder / "verification.json").read_text(encoding="utf-8"))
+            plan = json.loads((folder / "pipeline.json").read_text(encoding="utf-8-sig"))
+            report = json.loads((folder / "verification.json").read_text(encoding="utf-8-sig"))
             decibels[bits] = min(size["decibels"] for size in report["parts"]["unet"]["sizes"].values())
         except (OSError, ValueError, KeyError):
             make = f"python export_coreml.py --nbits {bits} --out {folder}"

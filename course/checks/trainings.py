@@ -33,7 +33,7 @@ def finished(folder):
     """The Training in a folder. Raises Hint if there is none, or if it has not come to its end."""
     folder = Path(str(folder))
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
         table = Log(folder / "log.csv", resume_step=10**9)
         settings, steps = config["settings"], config["step"]
     except (OSError, ValueError, KeyError, IndexError):

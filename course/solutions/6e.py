@@ -9,7 +9,7 @@ MORE_DECIBELS = 6
 
 
 def decibels(folder):
-    report = json.loads((Path(folder) / "verification.json").read_text(encoding="utf-8"))
+    report = json.loads((Path(folder) / "verification.json").read_text(encoding="utf-8-sig"))
     return min(size["decibels"] for size in report["parts"]["unet"]["sizes"].values())
 
 
