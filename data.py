@@ -37,10 +37,12 @@ from common.arguments import Parser, integer, real
 from common.checkpoint import save_atomically, save_json
 from common.device import half, pick_device
 from common.encoders import FrozenEncoders
+from common.figures import stack
 from common.latents import CAPTIONS, IDS, PICTURES, TEXTS, open_latents, text_columns
 from common.pictures import CACHE, to_tensor
 from common.shapes import SPLITS, ShapesWorld
 from common.tables import column, is_whole, map_in_parts, open_tables, save_table
+from common.world import ThingsWorld, poses_of
 from model import PRESETS
 
 PER_PART = 4096  # pictures, or captions, in a file: what a kill undoes at most
@@ -216,10 +218,16 @@ def draw_sheet(argv):
     p.add_argument("--split", choices=SPLITS, default="train", help="of the shapes world")
     p.add_argument("--seed", type=integer(0), default=0, help="of the shapes world")
     p.add_argument("--n", type=integer(1), default=24, help="pictures")
+    p.add_argument("--things", action="store_true", help="the world of drawn things (common/world.py) in place of the shapes")
+    p.add_argument("--thing", metavar="NAME", help="one drawn thing, such as cat, in its poses and colors")
     p.add_argument("--out", metavar="FILE", default="data.png", help="where to write the sheet")
     args = p.parse_args(argv)
-    pictures = (sources.CaptionedFolder(args.data, 128, cache=CACHE) if args.data
-                else ShapesWorld(args.split, args.seed, args.n))  # fmt: skip
+    if args.thing:
+        save_atomically(stack(poses_of(args.thing)).save, args.out)
+        print(f"wrote {args.out}: {args.thing}, a row for each color that it has in life, then for each of GenEval's ten")
+        return
+    world = (ThingsWorld if args.things else ShapesWorld)(args.split, args.seed, args.n)
+    pictures = sources.CaptionedFolder(args.data, 128, cache=CACHE) if args.data else world
     items = [pictures[i] for i in range(min(args.n, len(pictures)))]
     side, columns, font = 128, 4, ImageFont.load_default(11)
     sheet = Image.new("RGB", (columns * 310, math.ceil(len(items) / columns) * (side + 24)), "white")

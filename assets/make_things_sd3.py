@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import skimage.data
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
@@ -40,9 +41,9 @@ from common.arguments import Parser, add_device, integer, real
 from common.checkpoint import load_state, save_json, save_state
 from common.detector import falsify
 from common.device import matmul_dtype, pick_device
-from common.encoders import FrozenEncoders
+from common.encoders import FrozenAutoencoder, FrozenEncoders
 from common.muon import Muon
-from common.pictures import to_tensor
+from common.pictures import cut_square, to_tensor
 from common.seeds import batch_indices, rng
 from common.things import THINGS
 from common.training import learning_rate, update_ema
@@ -662,16 +663,51 @@ def make_index(out):
     save_json(index, out / "model_index.json")
 
 
+EMOJI = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian's package fonts-noto-color-emoji
+
+
+def strange_pictures():
+    """{what: pictures (PIL) of 128 pixels} that the autoencoder has never seen: photographs that come with scikit-image, each
+    whole and a part of it; and emoji, where the font is."""
+    photos = [Image.fromarray(getattr(skimage.data, name)()) for name in ("astronaut", "coffee", "chelsea", "rocket")]
+    found = {"photographs": [cut_square(photo, 128) for photo in photos]}
+    found["photographs"] += [photo.resize((256, 256)).crop((64, 64, 192, 192)) for photo in photos]
+    if EMOJI.is_file():
+        font, found["emoji"] = ImageFont.truetype(EMOJI, 109), []
+        for code in range(0x1F300, 0x1F650, 10):
+            picture = Image.new("RGB", (144, 144), "white")
+            ImageDraw.Draw(picture).text((4, 8), chr(code), font=font, embedded_color=True)
+            if picture.getextrema() != ((255, 255),) * 3:  # the font knows it
+                found["emoji"].append(picture.resize((128, 128), Image.Resampling.LANCZOS))
+    return found
+
+
+def check(out, device):
+    """Print how well the saved autoencoder restores the world's pictures, and others."""
+    autoencoder, world = FrozenAutoencoder(out, device), ThingsWorld("val", 0, 256)
+    for what, pictures in ({"the world": [world[i][0] for i in range(len(world))]} | strange_pictures()).items():
+        x = to_tensor(pictures).to(device)
+        restored = torch.cat([autoencoder.decode_latents(autoencoder.encode_pictures(part)) for part in x.split(32)])
+        psnr = (10 * torch.log10(4 / ((restored - x) ** 2).mean((1, 2, 3)))).mean()
+        print(f"{what:12} {len(pictures):4} pictures  {psnr:.2f} dB")
+
+
 def main(argv=None):
     p = Parser(__doc__, "python -m assets.make_things_sd3 --only vae")
     p.add_argument("--out", type=Path, default=Path("runs/things-sd3"), help="where to")
-    p.add_argument("--only", choices=("vae", "text", "teacher"), required=True, help="which part")
+    p.add_argument("--only", choices=("vae", "text", "teacher"), help="which part")
+    p.add_argument("--check", action="store_true", help="make nothing; measure the autoencoder that is there")
     p.add_argument(
         "--steps", type=integer(1), help="training steps of the part named by --only, if not its own number"
     )
     p.add_argument("--lr", type=real(above=0), help="the same of its learning rate")
     add_device(p)
     args = p.parse_args(argv)
+    if args.check:
+        check(args.out, pick_device(args.device))
+        return
+    if not args.only:
+        p.error("--only vae, text or teacher, in this order; or --check")
     device, own = (
         pick_device(args.device),
         {name: getattr(args, name) for name in ("steps", "lr") if getattr(args, name)},

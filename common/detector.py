@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from common.arguments import Parser, integer
 from common.things import THINGS
 from common.world import (
     COLORS,
@@ -366,3 +367,15 @@ def check_detector(n=1000, seed=1):
         for how in ("mixed", "alike", "cut", "doubled"):
             accepted[how] += holds(scene.caption, detect(spoil(scene, how, rng)))
     return {what: count / n for what, count in accepted.items()}
+
+
+def main(argv=None):
+    p = Parser("Which share of pictures does the detector accept, true ones and false ones?", "python -m common.detector --n 200")
+    p.add_argument("--n", type=integer(1), default=1000, help="pictures")
+    args = p.parse_args(argv)
+    for what, share in check_detector(args.n).items():
+        print(f"{what:8} {share:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -366,6 +366,22 @@ def draw(scene):
     return Image.fromarray(np.rint(picture).astype(np.uint8))
 
 
+def poses_of(name, columns=8, seed=0):
+    """Rows of pictures (PIL) of one thing: a row for each color that it has in life, then for each of GenEval's ten.
+
+    Raises SystemExit with one sentence when there is no such thing.
+    """
+    if name not in THINGS:
+        raise SystemExit(f"the class world has no thing {name!r}; it has {', '.join(THINGS)}.")
+    rng, rows = np.random.default_rng(seed), []
+    for rgb in (*THINGS[name].colors, *COLORS.values()):
+        looks = [Look(name, rgb, tuple(rng.random(4).tolist()), bool(i % 2), 54.0) for i in range(columns)]
+        ground = _pick_ground(rng, looks)
+        middle = SIDE / 2
+        rows.append([draw(Scene("single", "", (Thing(middle, middle, look, None),), ground)) for look in looks])
+    return rows
+
+
 @functools.cache
 def check_things():
     """Raises SystemExit with one sentence when a thing of common/things.py draws nothing or leaves its box,
