@@ -100,6 +100,7 @@ class Part:
         """Ask the original network, then have the phone's form alone: both of 379 M parameters take 1.5 GB each."""
         self.expected, self.module  # noqa: B018  computed here and kept
         self.reference = self.build = None
+        give_back_memory()
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -311,6 +312,7 @@ def export(name, parts, out, nbits=16, mixed=None, seen=None, target="iOS18", ab
             program = program_of(part, target)
             if not show:
                 part.module = None
+            give_back_memory()
             package_of(program, part, "float32", target, path=exact)
             package = package_of(program, part, "float16", target, about)
             del program
@@ -431,7 +433,7 @@ def main(argv=None):
         settings = {flag: getattr(args, flag) for flag in ("latent", "nbits", "layout", "target", "gemma")}
         settings["weights"] = student.weights[name]
         others = {part: r for part, r in report["parts"].items() if not (args.force and part in args.parts)}
-        check_company(out, name, others, settings, None if args.random else student.weights["unet"])
+        check_company(out, name, others, settings, plan.get("model"), None if args.random else student.weights["unet"])
         if (out / f"{name}.mlpackage").is_dir() and name in report["parts"] and not args.force:
             if report["parts"][name]["settings"] != settings:
                 raise SystemExit(f"{out}/{name}.mlpackage has other settings or weights: --force, or another --out.")

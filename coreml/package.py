@@ -121,10 +121,11 @@ def function_name(size, sizes):
     return "main" if len(sizes) == 1 or not size else f"latent{size}"
 
 
-def check_company(out, name, recorded, settings, unet):
+def check_company(out, name, recorded, settings, model=None, unet=None):
     """pipeline.json speaks for all parts in a folder: they must have been exported for the same sizes, bits and student.
 
-    recorded: {part: {"settings"}} of those that stay; settings: those of part `name`; unet: hash of its student (None: random).
+    recorded: {part: {"settings"}} of those that stay; settings: those of part `name`; model, unet: folder of its student, and
+    its hash (None: random weights).
     """
     for other, part in recorded.items():
         if other != name and any(part["settings"].get(flag) != settings[flag] for flag in ("latent", "gemma", "nbits")):
@@ -132,7 +133,7 @@ def check_company(out, name, recorded, settings, unet):
                              "all parts and --force.")  # fmt: skip
     theirs = recorded.get("unet", {}).get("settings", {}).get("weights")
     if name != "unet" and unet is not None and theirs not in (None, unet):
-        raise SystemExit(f"{out} holds the UNet of another student: give its --model, or another --out.")
+        raise SystemExit(f"{out} holds the UNet of another student than {model}: give its --model, or another --out.")
 
 
 def save_package(package, path):
