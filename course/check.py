@@ -4,8 +4,8 @@
     python -m course.check 2b               # the first time: copies the exercise to answers/2b.py; then: checks your answer
     python -m course.check 2b --solution    # checks ours, in course/solutions; try yourself first
 
-An answer is compared with the project's own code. If it is not right yet there is a hint. Where the exercise is a piece of the
-project, the project's own tests run with your code in its place. Exit status 1: not right yet
+An answer is compared with our solution, by what it computes. If it is not right yet there is a hint. Where the exercise is a piece
+of the project, the project's own tests run with your code in its place. Exit status 1: not right yet
 (the list, and the first copy, end with 0).
 """
 
@@ -15,20 +15,17 @@ from pathlib import Path
 
 from common.arguments import Parser
 from course.checks import decoder, distillation, few_steps, flow_matching, phone, unet
-from course.exercise import ROOT, Hint, check, load_answer
+from course.exercise import Hint, check, exercise_file, load_answer
 
 PAGES = (unet, flow_matching, decoder, distillation, few_steps, phone)
 EXERCISES = {number: exercise for page in PAGES for number, exercise in page.EXERCISES.items()}
 ANSWERS = Path("answers")
 
 
-def exercise_file(number, folder="exercises"):
-    return ROOT / "course" / folder / f"{number}.py"
-
-
 def parse_arguments(argv=None):
     p = Parser(__doc__, "python -m course.check 2b")
-    p.add_argument("number", metavar="NUMBER", nargs="?", help="the exercise, such as 2b; without it, the list of all")
+    p.add_argument("number", metavar="NUMBER", nargs="?", help="the exercise, such as 2b; without it, the "
+                                                               "list of all")
     p.add_argument("--solution", action="store_true", help="check the course's solution instead of yours")
     return p.parse_args(argv)
 
@@ -39,7 +36,7 @@ def verdict(number):
     if not path.is_file():
         return ""
     try:
-        check(EXERCISES[number], load_answer(path), path)
+        check(number, EXERCISES[number], load_answer(path), path)
     except Exception:  # one answer that stops in an unforeseen way must not end the list
         return "not yet"
     return "right"
@@ -58,10 +55,11 @@ def main(argv=None):
     if not path.is_file():
         ANSWERS.mkdir(exist_ok=True)
         shutil.copy(exercise_file(number), path)
-        print(f"{number}  {EXERCISES[number].title}\n\nwrote {path}: read it, fill it in, and run this command again.")
+        print(f"{number}  {EXERCISES[number].title}\n\nwrote {path}: read it, fill it in, and run this "
+              f"command again.")
         return
     try:
-        check(EXERCISES[number], load_answer(path), path)
+        check(number, EXERCISES[number], load_answer(path), path)
     except Hint as hint:
         sentence = re.sub(r"\s+", " ", str(hint))
         raise SystemExit(f"{number}: not yet. {sentence}") from None

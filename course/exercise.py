@@ -1,22 +1,24 @@
-"""How an answer is checked: against the project's own code, against known mistakes, and by the project's own tests.
+"""How an answer is checked: against our solution, against known mistakes, and by the project's own tests.
 
-An answer is a Python file that defines what the exercise asks for. `check` compares what it computes with what the reference
-computes. If they differ, it looks whether a known mistake computes the same: then it can say what went wrong. At last the answer
-takes the place of the project's function, and the project's tests run with it.
+An answer is a Python file that defines what the exercise asks for. A probe looks at it: it calls the answer with known inputs. What
+it sees is compared with what it sees of our solution in course/solutions. If they differ, it looks at our solution with one known
+mistake after the other: an answer that computes what a mistake computes has made it, and gets its hint. At last the answer takes the
+place of the project's function, and the project's tests run with it; our solution passes them too.
 """
 
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,30 +28,52 @@ class Hint(Exception):
 
 
 class Exercise(NamedTuple):
-    """title; right: {name: value or function} that an answer must define, as the project has it; mistakes: {hint: the names
-    that are wrong}; probe(answer) -> {what: value}: what is compared, by default the names themselves; tests: names of test
-    functions, {file in tests/: (functions)}, run with the answer in place of `replaces`, {"module.name": name}; runs(answer):
-    for questions about trainings, raises Hint itself."""
+    """What an exercise asks, and how wrong answers are told apart.
+
+    title
+    asks      the names that an answer must define
+    mistakes  {hint: changes}: what makes this mistake out of our solution. Changes are {text of the solution: other text} or
+              {name: wrong value}; a list has several ways to make the same mistake
+    probe     probe(answer) -> {what: value}: what is compared, by default the names that were asked for
+    own       the project's functions for what is to be written, "module.function" or "module.Class.method": not to be called
+    replaces  {"module.name": name}: where the answer stands while the project's tests run
+    tests     {file in tests/: names of its test functions}
+    runs      runs(answer), for questions about trainings: raises Hint itself
+    """
 
     title: str
-    right: dict
-    mistakes: dict
+    asks: tuple
+    mistakes: dict = {}
     probe: Callable | None = None
+    own: tuple = ()
     replaces: dict = {}
     tests: dict = {}
     runs: Callable | None = None
 
 
-def load_answer(path):
-    """The answer's names, as an object. Raises Hint if the file cannot be read."""
-    spec = importlib.util.spec_from_file_location(f"answer_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
+def exercise_file(number, folder="exercises"):
+    return ROOT / "course" / folder / f"{number}.py"
+
+
+def load_answer(path, changes=None):
+    """The answer's names, as a module; with other text or values in it, as Exercise.mistakes has them. Raises Hint if it cannot be
+    read."""
+    module = ModuleType(f"answer_{path.stem}")
+    module.__file__ = str(path)
     try:
-        spec.loader.exec_module(module)
+        text, values = path.read_text(encoding="utf-8"), {}
+        for old, new in (changes or {}).items():
+            if isinstance(new, str):
+                assert old in text, f"{path} does not contain {old!r}"
+                text = text.replace(old, new)
+            else:
+                values[old] = new
+        exec(compile(text, str(path), "exec"), vars(module))
     except SyntaxError as error:
         raise Hint(f"{path}, line {error.lineno}, is not Python: {error.msg}.") from None
     except (Exception, SystemExit) as error:
         raise Hint(in_words(error, path)) from None
+    vars(module).update(values)
     return module
 
 
@@ -64,16 +88,32 @@ def in_words(error, path):
     return f"{where} stops with {type(error).__name__}{': ' + message if message else ''}."
 
 
-class Called(TorchFunctionMode):
-    """`with Called() as called:` collects the names of torch's functions that an answer calls, in `called.names`."""
+class Called:
+    """`with Called() as called:` notes who is called: Python's functions in called.code, names of torch's in called.names."""
 
-    def __init__(self):
-        super().__init__()
-        self.names = set()
+    def __enter__(self):
+        self.code, self.names, self.outer = set(), set(), sys.getprofile()
+        sys.setprofile(self.note)
+        return self
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.names.add(getattr(function, "__name__", ""))
-        return function(*args, **(kwargs or {}))
+    def note(self, frame, event, function):
+        if event == "call":
+            self.code.add(frame.f_code)
+        elif event == "c_call":
+            self.names.add(function.__name__)
+        if self.outer:
+            self.outer(frame, event, function)
+
+    def __exit__(self, *error):
+        sys.setprofile(self.outer)
+
+
+def code_of(name):
+    """The code of "module.function" or "module.Class.method"."""
+    parts = name.split(".")
+    modules = sum(part.islower() for part in parts[:-1])  # classes begin with a capital letter
+    function = reduce(getattr, parts[modules:], importlib.import_module(".".join(parts[:modules])))
+    return inspect.unwrap(function).__code__  # without decorators
 
 
 def plain(value):
@@ -116,7 +156,8 @@ def difference(what, got, right):
         if got.isnan().any() and not right.isnan().any():
             return f"{what} holds NaN."
         gap = (got.double() - right.double()).abs().max().item()
-        return f"{what} is not right yet: it is off by up to {gap:.2g}, where the right values go up to {right.abs().max():.2g}."
+        return f"{what} is not right yet: it is off by up to {gap:.2g}, where the right values go up to "
+               f"{right.abs().max():.2g}."
     if isinstance(right, int | float) and not isinstance(right, bool) and isinstance(got, int | float) and right:
         return f"{what} is too {'large' if got > right else 'small'}."
     return f"{what} is not right yet."
@@ -131,7 +172,7 @@ def in_place(replaces, answer):
         original = getattr(importlib.import_module(module), attribute)
         for other in list(sys.modules.values()):
             ours = getattr(other, "__file__", None) and ROOT in Path(other.__file__).parents
-            if ours and not other.__name__.startswith("answer_"):
+            if ours:
                 for key in [key for key, value in vars(other).items() if value is original]:
                     changed.append((other, key, original))
                     setattr(other, key, getattr(answer, name))
@@ -153,29 +194,57 @@ def run_tests(exercise, answer, path):
                 try:
                     getattr(module, name)()
                 except AssertionError:
-                    raise Hint(f"with your code in place, the project's test {name} (tests/{file}) does not pass yet.") from None
+                    raise Hint(f"with your code in place, the project's test {name} (tests/{file}) does not "
+                               f"pass yet.") from None
                 except Exception as error:
-                    raise Hint(f"the project's test {name} (tests/{file}) cannot use your code: {in_words(error, path)}") from None
+                    raise Hint(f"the project's test {name} (tests/{file}) cannot use your code: "
+                               f"{in_words(error, path)}") from None
 
 
-def check(exercise, answer, path=Path("answer")):
-    """Raises Hint unless the answer (an object with the names of exercise.right) is right."""
-    if missing := [name for name in exercise.right if not hasattr(answer, name)]:
+def outcome(exercise, answer):
+    """What the probe sees of an answer: {what: value}, or the error that it stops with."""
+    probe = exercise.probe or (lambda answer: {name: getattr(answer, name) for name in exercise.asks})
+    try:
+        return probe(answer)
+    except (Exception, SystemExit) as error:
+        return error
+
+
+def explained(got, mistaken, right):
+    """How well a mistake explains an answer: (how many of its wrong values, minus how many that are right in the answer). A yes or
+    no is weak evidence, (0, 0), unless all that is wrong agrees."""
+    if isinstance(got, BaseException) or isinstance(mistaken, BaseException):
+        return int(repr(got) == repr(mistaken)), 0
+    wrong, made = ([what for what in right if not same(seen[what], right[what])] for seen in (got, mistaken))
+    found = [what for what in wrong if what in made and same(got[what], mistaken[what])]
+    telling = [what for what in found if not isinstance(got[what], bool | str)]
+    return (len(found), -len(set(made) - set(wrong))) if telling or found == wrong else (0, 0)
+
+
+def check(number, exercise, answer, path=Path("answer")):
+    """Raises Hint unless the answer (an object with the names of exercise.asks) is right."""
+    if missing := [name for name in exercise.asks if not hasattr(answer, name)]:
         raise Hint(f"{path} defines no {' and no '.join(missing)}.")
     if exercise.runs:
         exercise.runs(answer)
         return
-    probe = exercise.probe or (lambda answer: {name: getattr(answer, name) for name in exercise.right})
-    right = probe(SimpleNamespace(**exercise.right))
-    try:
-        got = probe(answer)
-    except (Exception, SystemExit) as error:
-        raise Hint(in_words(error, path)) from None
-    wrong = [what for what in right if not same(got[what], right[what])]
-    for hint, changes in exercise.mistakes.items() if wrong else ():
-        mistaken = probe(SimpleNamespace(**{**exercise.right, **changes}))
-        if all(same(got[what], mistaken[what]) for what in wrong) and any(not same(mistaken[what], right[what]) for what in wrong):
-            raise Hint(hint)
-    if wrong:
-        raise Hint(difference(wrong[0], got[wrong[0]], right[wrong[0]]))
+    solution = exercise_file(number, "solutions")
+    right = outcome(exercise, load_answer(solution))
+    with Called() as called:
+        got = outcome(exercise, answer)
+    stopped = isinstance(got, BaseException)
+    if isinstance(got, NotImplementedError):
+        raise Hint(in_words(got, path))
+    if wrong := [what for what in right if stopped or not same(got[what], right[what])]:
+        best, told = (1, -len(right)), in_words(got, path) if stopped else difference(wrong[0], got[wrong[0]], right[wrong[0]])
+        for hint, ways in exercise.mistakes.items():
+            for changes in ways if isinstance(ways, list) else [ways]:
+                mistaken = outcome(exercise, load_answer(solution, changes))
+                if (fit := explained(got, mistaken, right)) > best:
+                    best, told = fit, hint
+        raise Hint(told)
+    for name in exercise.own:
+        if code_of(name) in called.code:
+            raise Hint(f"it gives the right numbers, but by calling the project's own {name}: write out what "
+                       f"that computes.")
     run_tests(exercise, answer, path)

@@ -1,36 +1,29 @@
 """Exercises of page 3, the tiny decoder."""
 
-import torch
-import torch.nn.functional as F
+from types import SimpleNamespace
 
-import decoder
+import torch
+
 from course.checks.trainings import finished, only_differs, said
 from course.exercise import Exercise, Hint
 
-PIXELS = 1024 * 1024
-BYTES = 2  # of a float16
-
 
 def weigh(answer):
-    """adaptive_weight on a last layer whose two gradients have known lengths."""
+    """adaptive_weight on the last of two layers, whose two gradients have known lengths."""
     torch.manual_seed(0)
-    last = torch.nn.Conv2d(4, 3, 3)
-    y = last(torch.randn(2, 4, 8, 8))
+    net = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 3, 3))
+    y = net(torch.randn(2, 4, 8, 8))
     loss, loss_adv = y.square().mean(), 50 * y.abs().mean()
-    weight, most = (answer.adaptive_weight(loss, adv, last.weight) for adv in (loss_adv, 1e-9 * loss_adv))
-    return {"the weight": weight.detach(), "the weight beside a vanishing gradient": most.detach(),
-            "whether the weight has a gradient": weight.requires_grad}  # fmt: skip
-
-
-def weight_with(upside_down=False, detached=True, squared=False, most=1e4):
-    def adaptive_weight(loss, loss_adv, weight):
-        keep = {"retain_graph": True, "create_graph": not detached}
-        a, b = (torch.autograd.grad(some, weight, **keep)[0].norm() for some in (loss, loss_adv))
-        a, b = (b, a) if upside_down else (a, b)
-        ratio = ((a / (b + 1e-8)) ** (2 if squared else 1)).clamp(max=most)
-        return ratio.detach() if detached else ratio
-
-    return adaptive_weight
+    weight, most = (answer.adaptive_weight(loss, adv, net[1].weight) for adv in (loss_adv, 1e-9 * loss_adv))
+    seen = {
+        "whether the weight is a tensor": isinstance(weight, torch.Tensor),
+        "the weight": torch.as_tensor(weight).detach(),
+        "the weight beside a vanishing gradient": torch.as_tensor(most).detach(),
+        "whether the weight has a gradient": getattr(weight, "requires_grad", False),
+        "whether .grad of the layers is as it was": all(p.grad is None for p in net.parameters()),
+    }
+    torch.autograd.grad(loss + loss_adv, net[1].weight)  # the training step: both graphs must still be there
+    return seen
 
 
 def far_apart(answer):
@@ -41,106 +34,154 @@ def far_apart(answer):
     return {"the distances": answer.feature_distance(f, g)}
 
 
-def feature_distance(f, g):
-    """Perceptual.forward's formula, for features that are given."""
-    return sum((F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean((1, 2)) for a, b in zip(f, g, strict=True))
-
-
 def block_output(answer):
     """A block's output for given weights."""
-    block, kinds = answer.Block(decoder.PRESETS["tiny"], 16, 16), []
+    block = answer.Block(SimpleNamespace(groups=4, separable=True, norm_everywhere=False), 16, 16)
+    kinds = [type(module).__name__ for module in block.body]
+    torch.manual_seed(0)
     with torch.no_grad():
-        torch.manual_seed(0)
-        for module in block.body:
-            kinds.append(type(module).__name__)
-            for weight in module.parameters():
-                weight.copy_(0.3 * torch.randn(weight.shape))
-        return {"the layers of the body": kinds, "weights": sum(p.numel() for p in block.parameters()),
-                "the output": block(torch.randn(2, 16, 6, 6))}  # fmt: skip
-
-
-def block_with(order, shortcut=True):
-    class Block(torch.nn.Module):
-        def __init__(self, cfg, c_in, c_out):
-            super().__init__()
-            make = {"d": lambda: torch.nn.Conv2d(c_out, c_out, 3, padding=1, groups=c_out, bias=False),
-                    "p": lambda: torch.nn.Conv2d(c_out, c_out, 1), "n": lambda: torch.nn.GroupNorm(cfg.groups, c_out),
-                    "s": torch.nn.SiLU}  # fmt: skip
-            self.body = torch.nn.Sequential(*(make[letter]() for letter in order))
-
-        def forward(self, x):
-            return self.body(x) + (x if shortcut else 0)
-
-    return Block
+        for weight in block.body.parameters():
+            weight.copy_(0.3 * torch.randn(weight.shape))
+        output = block(torch.randn(2, 16, 6, 6))
+    return {
+        "the order of the layers": " ".join(kinds),
+        "the number of weights": sum(p.numel() for p in block.parameters()),
+        "the output": output,
+    }
 
 
 def gan_runs(answer):
     """3e: the decoder without and with much of the adversarial loss."""
-    without, much = (finished(folder) for folder in (answer.RUN_WITHOUT, answer.RUN_MUCH))
+    without, much = (finished(folder, steps=800) for folder in (answer.RUN_WITHOUT, answer.RUN_MUCH))
     only_differs(without, much, "gan_weight")
     if without.settings["gan_weight"] != 0 or much.settings["gan_weight"] < 0.4:
         raise Hint("RUN_WITHOUT needs --gan-weight 0, and RUN_MUCH --gan-weight 0.5.")
-    said("HIGHER_PSNR", answer.HIGHER_PSNR, {"without": without.last("val_psnr"), "much": much.last("val_psnr")}, lowest=False)
+    decibels = {"without": without.last("val_psnr"), "much": much.last("val_psnr")}
+    said("HIGHER_PSNR", answer.HIGHER_PSNR, decibels, lowest=False)
 
+
+BODY = "depthwise(), pointwise(), depthwise(), norm, nn.SiLU(), pointwise()"
+UNIT = "F.normalize(a, dim=1) - F.normalize(b, dim=1)"
 
 EXERCISES = {
     "3a": Exercise(
         "The largest tensor of the decoder at 1024 pixels",
-        right={"LARGEST": 160 * PIXELS * BYTES / 1e6, "FIRST": 256 * 128 * 128 * BYTES / 1e6},
+        asks=("LARGEST", "FIRST"),
         mistakes={
-            "64 channels is what the last upsampler's convolution *gives*. What does it take, after nearest-neighbour upsampling?":
-                {"LARGEST": 64 * PIXELS * BYTES / 1e6},
-            "float16 has two bytes a number.": {"LARGEST": 160 * PIXELS * 4 / 1e6, "FIRST": 256 * 128 * 128 * 4 / 1e6},
+            "64 channels is what the last upsampler's convolution *gives*. What does it take, after "
+            "nearest-neighbour upsampling?":
+                {"160 * 1024": "64 * 1024"},
+            "that is what goes into the last upsampler; nearest neighbour makes it four times as large, and "
+            "then comes its convolution.":
+                {"160 * 1024 * 1024": "160 * 512 * 512"},
             "the last upsampler comes from 160 channels; 256 is the width at the latent's own side.":
-                {"LARGEST": 256 * PIXELS * BYTES / 1e6},
+                {"160 * 1024": "256 * 1024"},
+            "the picture has only 3 channels: what lies before the last convolutions is wider, and as many "
+            "pixels.":
+                {"160 * 1024": "3 * 1024"},
+            "the first convolution takes 16 channels; FIRST asks for what it gives.":
+                {"256 * 128": "16 * 128"},
+            "float16 has two bytes a number.":
+                [{"* 2 /": "* 4 /"}, {"* 2 /": "* 16 /"}],
+            "count bytes, not numbers: float16 has two of them a number.":
+                {"* 2 /": "/"},
+            "2^20 bytes are a mebibyte (MiB); a megabyte (MB) is 10^6 bytes.":
+                {"1e6": "2**20"},
         },
     ),
     "3b": Exercise(
         "Build the block of Fig. 4",
-        right={"Block": decoder.Block},
+        asks=("Block",),
         mistakes={
-            "the block adds its input at the end: x + body(x).": {"Block": block_with("dpdnsp", shortcut=False)},
-            "one GroupNorm a block, between the second depthwise and its pointwise convolution; yours comes first.":
-                {"Block": block_with("nsdpdp")},
+            "the block adds its input at the end: x + body(x).":
+                {"x + self.body(x)": "self.body(x)"},
+            "one GroupNorm a block, between the second depthwise and its pointwise convolution; yours comes "
+            "first.":
+                {BODY: "norm, nn.SiLU(), depthwise(), pointwise(), depthwise(), pointwise()"},
             "SepConv is depthwise, then pointwise: 3x3 in each channel first, then 1x1 across channels.":
-                {"Block": block_with("pdpnsd")},
+                {BODY: "pointwise(), depthwise(), pointwise(), norm, nn.SiLU(), depthwise()"},
+            "GroupNorm comes before SiLU: after the norm about half of the numbers are below 0, which is "
+            "what SiLU bends.":
+                {BODY: "depthwise(), pointwise(), depthwise(), nn.SiLU(), norm, pointwise()"},
+            "the depthwise convolutions have no bias: a pointwise convolution or a norm follows, and has "
+            "one.":
+                {", bias=False": ""},
+            "a depthwise convolution has one group a channel (groups=c_out); yours mixes all channels.":
+                {"groups=c_out, ": ""},
+            "without padding=1 a 3x3 convolution takes one pixel off every side, and the shortcut no longer "
+            "fits.":
+                {"padding=1, ": ""},
+            "nn.GroupNorm takes the number of groups first, then the channels.":
+                {"cfg.groups, c_out": "c_out, cfg.groups"},
         },
-        probe=block_output, replaces={"decoder.Block": "Block"}, tests={"test_decoder.py": ("test_block_against_loops",)},
+        probe=block_output, own=("decoder.Block.__init__", "decoder.Block.forward"), replaces={"decoder.Block": "Block"},
+        tests={"test_decoder.py": ("test_block_against_loops",)},
     ),
     "3c": Exercise(
         "Write VQGAN's adaptive weight",
-        right={"adaptive_weight": decoder.adaptive_weight},
+        asks=("adaptive_weight",),
         mistakes={
+            ".backward() adds its gradients to every layer's .grad, also of the layers before: "
+            "torch.autograd.grad leaves nothing.":
+                [{"(restoring,) = torch.autograd.grad(loss, weight, retain_graph=True)": "loss.backward(retain_graph=True)",
+                  "(fooling,) = torch.autograd.grad(loss_adv, weight, retain_graph=True)":
+                      f"restoring, weight.grad = weight.grad, None; loss_adv.backward(retain_graph=True); "
+                      f"fooling = weight.grad{end}"}
+                 for end in ("", "; weight.grad = None")],
+            "the graphs are still needed: retain_graph=True, for both gradients.":
+                [{", retain_graph=True": ""}, {"(loss, weight, retain_graph=True": "(loss, weight"},
+                 {"(loss_adv, weight, retain_graph=True": "(loss_adv, weight"}],
+            "torch.autograd.grad gives a tuple, one gradient for each input: take its only element.":
+                [{"(restoring,)": "restoring"}, {"(fooling,)": "fooling"}],
             "upside down: a long adversarial gradient must get a *small* weight.":
-                {"adaptive_weight": weight_with(upside_down=True)},
+                {"restoring.norm() / (fooling.norm() + 1e-8)": "fooling.norm() / (restoring.norm() + 1e-8)"},
             "the weight must be a number, not a function of the weights: .detach() it.":
-                {"adaptive_weight": weight_with(detached=False)},
-            "the lengths are norms, not their squares.": {"adaptive_weight": weight_with(squared=True)},
+                {"retain_graph=": "create_graph=", ".detach()": ""},
+            "a tensor is asked for: .item() makes the CPU wait for the GPU in every step.":
+                {".detach()": ".item()"},
+            "the lengths are norms, not their squares.":
+                {"restoring.norm() / (fooling.norm() + 1e-8)": "restoring.square().sum() / "
+                                                               "(fooling.square().sum() + 1e-8)"},
+            "the lengths are norms over all numbers of the gradient, not their mean.":
+                {"restoring.norm() / (fooling.norm() + 1e-8)": "restoring.abs().mean() / (fooling.abs().mean() + 1e-8)"},
+            "it is the gradients that are compared, not the losses.":
+                {"restoring.norm() / (fooling.norm() + 1e-8)": "loss / (loss_adv + 1e-8)"},
             "at most 1e4: where the adversarial gradient vanishes, the quotient explodes.":
-                {"adaptive_weight": weight_with(most=float("inf"))},
+                {".clamp(max=1e4)": ""},
         },
-        probe=weigh, replaces={"decoder.adaptive_weight": "adaptive_weight"},
+        probe=weigh, own=("decoder.adaptive_weight",), replaces={"decoder.adaptive_weight": "adaptive_weight"},
         tests={"test_decoder.py": ("test_adaptive_weight_makes_gradients_equally_long",)},
     ),
     "3d": Exercise(
         "Write the perceptual distance",
-        right={"feature_distance": feature_distance},
+        asks=("feature_distance",),
         mistakes={
-            "each pixel's features have length 1 first: otherwise the layer with large features decides alone.":
-                {"feature_distance": lambda f, g: sum((a - b).square().sum(1).mean((1, 2)) for a, b in zip(f, g, strict=True))},
+            "each pixel's features have length 1 first: otherwise the layer with large features decides "
+            "alone.":
+                {UNIT: "a - b"},
             "the length is taken over the channels (dim 1) of every pixel, not over the whole map.":
-                {"feature_distance": lambda f, g: sum(
-                    (F.normalize(a.flatten(1)) - F.normalize(b.flatten(1))).square().view(a.shape).sum(1).mean((1, 2))
-                    for a, b in zip(f, g, strict=True))},
-            "squares are summed over channels and *averaged* over pixels: a fine layer must not count more for having more pixels.":
-                {"feature_distance": lambda f, g: sum(
-                    (F.normalize(a) - F.normalize(b)).square().sum((1, 2, 3)) for a, b in zip(f, g, strict=True))},
+                {UNIT: "a / a.flatten(1).norm(dim=1).view(-1, 1, 1, 1) - b / "
+                       "b.flatten(1).norm(dim=1).view(-1, 1, 1, 1)"},
+            "the length is taken over the channels (dim 1): the last axes are pixels.":
+                {UNIT: "F.normalize(a, dim=-1) - F.normalize(b, dim=-1)"},
+            "f and g are brought to length 1 each, not their difference: that would be 1 everywhere.":
+                {UNIT: "F.normalize(a - b, dim=1)"},
+            "squares are summed over channels and *averaged* over pixels: a fine layer must not count more "
+            "for having more pixels.":
+                {".sum(dim=1).mean(dim=(1, 2))": ".sum(dim=(1, 2, 3))"},
+            "squares are *summed* over channels: || . ||^2 of a pixel is no mean.":
+                {".sum(dim=1)": ".mean(dim=1)"},
+            "the distance is squared, || . ||^2: without the square root.":
+                {".sum(dim=1)": ".sum(dim=1).sqrt()"},
+            "there is a distance for each picture, (B,): the batch is not averaged.":
+                {"mean(dim=(1, 2))": "mean()"},
+            "the layers are summed, not averaged.":
+                {"return distance": "return distance / len(f)"},
         },
         probe=far_apart,
     ),
     "3e": Exercise(
         "What the discriminator costs in decibels (2 x 3 minutes)",
-        right={"RUN_WITHOUT": "runs/3e-without", "RUN_MUCH": "runs/3e-much", "HIGHER_PSNR": "without"},
-        mistakes={}, runs=gan_runs,
+        asks=("RUN_WITHOUT", "RUN_MUCH", "HIGHER_PSNR"), runs=gan_runs,
     ),
 }  # fmt: skip

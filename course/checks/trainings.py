@@ -1,53 +1,60 @@
 """Questions about trainings: what their folders say, and whether the answer says the same."""
 
+import csv
 import json
+import math
+import statistics
 from pathlib import Path
 
-import numpy as np
-
-from common.training import Log
 from course.exercise import Hint
 
 
 class Training:
-    """A finished run folder: .settings (its flags, as config.json has them), .last(column), .median(column) of its log.csv."""
+    """A finished run: .settings (its flags, as config.json has them), .last(column), .median(column) of its log.csv."""
 
-    def __init__(self, folder, settings, table):
-        self.folder, self.settings, self.table = folder, settings, table
+    def __init__(self, folder, settings, rows):
+        self.folder, self.settings, self.rows = folder, settings, rows
 
     def column(self, name):
-        values = np.array(self.table.column(name), dtype=float)
-        values = values[np.isfinite(values)]
-        if not len(values):
-            raise Hint(f"the log.csv of {self.folder} has no numbers under {name!r}: did the run end before its first row?")
+        values = [value for row in self.rows if math.isfinite(value := float(row.get(name) or "nan"))]
+        if not values:
+            raise Hint(f"the log.csv of {self.folder} has no numbers under {name!r}: did the run end before "
+                       f"its first row?")
         return values
 
     def last(self, name):
-        return float(self.column(name)[-1])
+        return self.column(name)[-1]
 
     def median(self, name):
-        return float(np.median(self.column(name)))
+        return statistics.median(self.column(name))
 
 
-def finished(folder):
-    """The Training in a folder. Raises Hint if there is none, or if it has not come to its end."""
+def finished(folder, steps):
+    """The Training in a folder. Raises Hint if there is none, if it is not at its end, or was shorter than the exercise's."""
     folder = Path(str(folder))
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
-        table = Log(folder / "log.csv", resume_step=10**9)
-        settings, steps = config["settings"], config["step"]
-    except (OSError, ValueError, KeyError, IndexError):
-        raise Hint(f"{folder} holds no run with a log yet: run the exercise's own command, with --out {folder}.") from None
-    if steps < settings["steps"]:
-        raise Hint(f"{folder} is at step {steps} of {settings['steps']}: run its command with --resume.")
-    return Training(folder, settings, table)
+        with open(folder / "log.csv", newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+        settings, step, planned = config["settings"], config["step"], config["settings"]["steps"]
+    except (OSError, ValueError, KeyError):
+        raise Hint(f"{folder} holds no run with a log yet: run the exercise's own command, with --out "
+                   f"{folder}.") from None
+    if step < planned:
+        raise Hint(f"{folder} is at step {step} of {planned}: run its command with --resume.")
+    if planned < steps:
+        raise Hint(f"{folder} was trained for {planned} steps, and much of that is warm-up, in which little "
+                   f"is learned yet: "
+                   f"give it the exercise's {steps}.")  # fmt: skip
+    return Training(folder, settings, rows)
 
 
 def only_differs(a, b, *flags):
     """Raises Hint unless both runs had the same flags but for these."""
     other = [name for name in a.settings if name not in flags and a.settings[name] != b.settings.get(name)]
     if other:
-        raise Hint(f"{a.folder} and {b.folder} also differ in --{other[0].replace('_', '-')}: then the comparison says nothing.")
+        raise Hint(f"{a.folder} and {b.folder} also differ in --{other[0].replace('_', '-')}: "
+                   "then the comparison says nothing.")  # fmt: skip
 
 
 def said(name, answer, values, lowest):

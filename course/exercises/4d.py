@@ -10,17 +10,20 @@ batch, `step` once when the step is over. Write what is missing:
 
 import torch
 
-import distill
 
-
-class Ratio(distill.Ratio):
+class Ratio(torch.nn.Module):
     def __init__(self, bins=5):
-        super().__init__(bins)
+        super().__init__()
+        self.bins = bins
         self.means = torch.zeros(2, bins)  # running, of L_task and of L_kd, in each fifth of t; 0: none yet
         self.sums = torch.zeros(3, bins)  # of this step: L_task, L_kd, number of pictures
 
+    def bin(self, t):
+        """The number of each t's fifth."""
+        return (t * self.bins).long().clamp(max=self.bins - 1)
+
     def forward(self, t):
-        """t (B,) in [0, 1] -> (B,). self.bin(t) is the number of the fifth."""
+        """t (B,) in [0, 1] -> (B,)."""
         raise NotImplementedError  # your code
 
     def add(self, task, kd, t):

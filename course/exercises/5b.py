@@ -8,8 +8,7 @@ ones below -1; whoever is beyond that costs nothing:
 
 import torch
 import torch.nn.functional as F
-
-import step_distill
+from torch import nn
 
 
 def hinge(on_real, on_fake):
@@ -17,7 +16,21 @@ def hinge(on_real, on_fake):
     raise NotImplementedError  # your code
 
 
-class Discriminator(step_distill.Discriminator):
+class Discriminator(nn.Module):
+    def __init__(self, teacher, width=64):
+        super().__init__()
+        self.teacher = teacher  # teacher(latents, t, ids) -> (velocity, features of some of its blocks)
+
+        def head():
+            first, second = nn.Conv2d(teacher.feature_dim, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+            return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), nn.Conv2d(width, 1, 1))
+
+        self.heads = nn.ModuleList(head() for _ in teacher.layers)
+
+    def forward(self, latents, t, ids):
+        """Logits of latents (B, C, h, w) at times t (B,) for captions ids (B,)."""
+        return self.logits(self.features(latents, t, ids))
+
     def features(self, latents, t, ids):
         """[(B, D, h, w), ...], one for each head: self.teacher(latents, t, ids)[1], each normalised by F.group_norm(f, 1)."""
         raise NotImplementedError  # your code

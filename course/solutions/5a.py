@@ -8,7 +8,7 @@ def shift(t, s=3):
 
 
 def a(t):
-    return 0.0 if t == 1 else math.exp(-(math.log(t / (1 - t)) ** 2) / 2) / (t * (1 - t)) / 4
+    return 0.0 if t in (0, 1) else math.exp(-(math.log(t / (1 - t)) ** 2) / 2) / (t * (1 - t)) / 4
 
 
 TIMES = [shift(t) for t in (1, 0.75, 0.5, 0.25)]

@@ -2,15 +2,27 @@
 
 import torch
 import torch.nn.functional as F
-
-import step_distill
+from torch import nn
 
 
 def hinge(on_real, on_fake):
     return F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()
 
 
-class Discriminator(step_distill.Discriminator):
+class Discriminator(nn.Module):
+    def __init__(self, teacher, width=64):
+        super().__init__()
+        self.teacher = teacher
+
+        def head():
+            first, second = nn.Conv2d(teacher.feature_dim, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+            return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), nn.Conv2d(width, 1, 1))
+
+        self.heads = nn.ModuleList(head() for _ in teacher.layers)
+
+    def forward(self, latents, t, ids):
+        return self.logits(self.features(latents, t, ids))
+
     def features(self, latents, t, ids):
         return [F.group_norm(f, 1) for f in self.teacher(latents, t, ids)[1]]
 
