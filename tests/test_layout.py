@@ -68,7 +68,7 @@ def test_no_circle():
         visit(name, [])
 
 
-@pytest.mark.parametrize("stage", ["step_distill", "decoder"])
+@pytest.mark.parametrize("stage", ["step_distill"])
 def test_a_stages_loop_fits_on_a_screen(stage):
     """At most 60 lines, in the stage's own train()."""
     (train,) = (n for n in ast.parse((ROOT / f"{stage}.py").read_text(encoding="utf-8")).body if getattr(n, "name", "") == "train")

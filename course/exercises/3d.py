@@ -1,6 +1,6 @@
 """3d  Write the perceptual distance.
 
-LPIPS compares two pictures in the features of a network that was trained to see (class Perceptual in decoder.py). Given the
+LPIPS compares two pictures in the features of a network that was trained to see (class Perceptual in common/distances.py). Given the
 features of both pictures at several layers:
 
     distance = sum over layers of mean over pixels of || f / |f| - g / |g| ||^2        |f|: over the channels of each pixel
