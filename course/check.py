@@ -1,12 +1,12 @@
 """Check your answers to the exercises of the course.
 
-    python -m course.check                  # the list, and which of yours are right
-    python -m course.check 2b               # the first time: copies the exercise to answers/2b.py; then: checks your answer
-    python -m course.check 2b --solution    # checks ours, in course/solutions; try yourself first
+    python -m course.check                  # the list, and which of yours are right python -m course.check 2b
+    # the first time: copies the exercise to answers/2b.py; then: checks your answer python -m course.check 2b
+    --solution    # checks ours, in course/solutions; try yourself first
 
-An answer is compared with our solution, by what it computes. If it is not right yet there is a hint. Where the exercise is a piece
-of the project, the project's own tests run with your code in its place. Exit status 1: not right yet
-(the list, and the first copy, end with 0).
+An answer is compared with our solution, by what it computes. If it is not right yet there is a hint. Where
+the exercise is a piece of the project, the project's own tests run with your code in its place. Exit status
+1: not right yet (the list, and the first copy, end with 0).
 """
 
 import re
@@ -31,7 +31,7 @@ def parse_arguments(argv=None):
 
 
 def verdict(number):
-    """Of the list: whether there is an answer, and whether it is right. Questions about trainings are checked as well."""
+    """Of the list: whether there is an answer, and whether it is right; questions about trainings, too."""
     path = ANSWERS / f"{number}.py"
     if not path.is_file():
         return ""

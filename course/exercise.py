@@ -1,9 +1,10 @@
 """How an answer is checked: against our solution, against known mistakes, and by the project's own tests.
 
-An answer is a Python file that defines what the exercise asks for. A probe looks at it: it calls the answer with known inputs. What
-it sees is compared with what it sees of our solution in course/solutions. If they differ, it looks at our solution with one known
-mistake after the other: an answer that computes what a mistake computes has made it, and gets its hint. At last the answer takes the
-place of the project's function, and the project's tests run with it; our solution passes them too.
+An answer is a Python file that defines what the exercise asks for. A probe looks at it: it calls the answer
+with known inputs. What it sees is compared with what it sees of our solution in course/solutions. If they
+differ, it looks at our solution with one known mistake after the other: an answer that computes what a
+mistake computes has made it, and gets its hint. At last the answer takes the place of the project's function,
+and the project's tests run with it; our solution passes them too.
 """
 
 import contextlib
@@ -30,12 +31,12 @@ class Hint(Exception):
 class Exercise(NamedTuple):
     """What an exercise asks, and how wrong answers are told apart.
 
-    title
-    asks      the names that an answer must define
-    mistakes  {hint: changes}: what makes this mistake out of our solution. Changes are {text of the solution: other text} or
+    title asks      the names that an answer must define mistakes  {hint: changes}: what makes this mistake
+    out of our solution. Changes are {text of the solution: other text} or
               {name: wrong value}; a list has several ways to make the same mistake
     probe     probe(answer) -> {what: value}: what is compared, by default the names that were asked for
-    own       the project's functions for what is to be written, "module.function" or "module.Class.method": not to be called
+    own       the project's functions for what is to be written, "module.function" or "module.Class.method":
+              not to be called
     replaces  {"module.name": name}: where the answer stands while the project's tests run
     tests     {file in tests/: names of its test functions}
     runs      runs(answer), for questions about trainings: raises Hint itself
@@ -56,8 +57,10 @@ def exercise_file(number, folder="exercises"):
 
 
 def load_answer(path, changes=None):
-    """The answer's names, as a module; with other text or values in it, as Exercise.mistakes has them. Raises Hint if it cannot be
-    read."""
+    """The answer's names, as a module; changes put other text or values into it (see Exercise.mistakes).
+
+    Raises Hint if it cannot be read.
+    """
     module = ModuleType(f"answer_{path.stem}")
     module.__file__ = str(path)
     try:
@@ -89,7 +92,7 @@ def in_words(error, path):
 
 
 class Called:
-    """`with Called() as called:` notes who is called: Python's functions in called.code, names of torch's in called.names."""
+    """`with Called() as called:` notes what is called: called.code of Python, called.names of torch."""
 
     def __enter__(self):
         self.code, self.names, self.outer = set(), set(), sys.getprofile()
@@ -124,7 +127,7 @@ def plain(value):
 
 
 def same(a, b):
-    """Whether two values are equal: tensors within 1e-3 relative or 1e-5, fractions within three digits, the rest exactly."""
+    """Whether two values are equal: tensors within 1e-3 relative or 1e-5, fractions within three digits."""
     a, b = plain(a), plain(b)
     if isinstance(a, torch.Tensor) and a.numel() == 1 and isinstance(b, int | float):
         a = a.item()
@@ -157,15 +160,16 @@ def difference(what, got, right):
             return f"{what} holds NaN."
         gap = (got.double() - right.double()).abs().max().item()
         most = right.abs().max().item()
-        return f"{what} is not right yet: it is off by up to {gap:.2g}, where the right values go up to {most:.2g}."
-    if isinstance(right, int | float) and not isinstance(right, bool) and isinstance(got, int | float) and right:
+        return f"{what} is not right yet: it is off by up to {gap:.2g}; the right values go up to {most:.2g}."
+    numbers = isinstance(right, int | float) and isinstance(got, int | float)
+    if numbers and right and not isinstance(right, bool):
         return f"{what} is too {'large' if got > right else 'small'}."
     return f"{what} is not right yet."
 
 
 @contextlib.contextmanager
 def in_place(replaces, answer):
-    """{"module.name": name}: the answer's names stand in the project's modules, wherever they were imported."""
+    """{"module.name": name}: the answer's names stand in all modules of the project that have them."""
     changed = []
     for target, name in replaces.items():
         module, attribute = target.rsplit(".", 1)
@@ -187,7 +191,8 @@ def run_tests(exercise, answer, path):
     """The project's own tests with the answer in place. Raises Hint at the first that fails."""
     with in_place(exercise.replaces, answer):
         for file, names in exercise.tests.items():
-            spec = importlib.util.spec_from_file_location(f"reference_{Path(file).stem}", ROOT / "tests" / file)
+            name = f"reference_{Path(file).stem}"
+            spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / file)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             for name in names:
@@ -211,8 +216,10 @@ def outcome(exercise, answer):
 
 
 def explained(got, mistaken, right):
-    """How well a mistake explains an answer: (how many of its wrong values, minus how many that are right in the answer). A yes or
-    no is weak evidence, (0, 0), unless all that is wrong agrees."""
+    """How well a mistake explains an answer: (how many wrong values, minus how many that are right).
+
+    A yes or a no alone is weak evidence, (0, 0), unless all that is wrong agrees.
+    """
     if isinstance(got, BaseException) or isinstance(mistaken, BaseException):
         return int(repr(got) == repr(mistaken)), 0
     wrong, made = ([what for what in right if not same(seen[what], right[what])] for seen in (got, mistaken))
@@ -236,7 +243,8 @@ def check(number, exercise, answer, path=Path("answer")):
     if isinstance(got, NotImplementedError):
         raise Hint(in_words(got, path))
     if wrong := [what for what in right if stopped or not same(got[what], right[what])]:
-        best, told = (1, -len(right)), in_words(got, path) if stopped else difference(wrong[0], got[wrong[0]], right[wrong[0]])
+        best, first = (1, -len(right)), wrong[0]
+        told = in_words(got, path) if stopped else difference(first, got[first], right[first])
         for hint, ways in exercise.mistakes.items():
             for changes in ways if isinstance(ways, list) else [ways]:
                 mistaken = outcome(exercise, load_answer(solution, changes))

@@ -33,7 +33,7 @@ def checked(number, text, tmp_path):
 
 
 def filled(number, *answers):
-    """The exercise as it is handed out, with code in its holes, from top to bottom; or behind it, where it asks for numbers."""
+    """The exercise with code in its holes, from top to bottom; or behind it, where it asks for numbers."""
     text = exercise_file(number).read_text(encoding="utf-8")
     if not HOLE.search(text):
         return "\n".join([text, *answers])
@@ -47,7 +47,7 @@ def test_every_page_has_its_exercises_and_every_exercise_its_files():
         mine = [number for number in EXERCISES if number.startswith(page)]
         assert 3 <= len(mine) <= 5 and any(EXERCISES[number].tests for number in mine)
     for folder in ("exercises", "solutions"):
-        assert sorted(path.stem for path in (exercise.ROOT / "course" / folder).glob("*.py")) == sorted(EXERCISES)
+        assert sorted(p.stem for p in (exercise.ROOT / "course" / folder).glob("*.py")) == sorted(EXERCISES)
     for number in EXERCISES:
         title = EXERCISES[number].title.split(" (")[0]  # without the minutes
         assert exercise_file(number).read_text(encoding="utf-8").startswith(f'"""{number}  {title}')
@@ -61,12 +61,13 @@ def test_the_solution_is_right(number):
 
 @pytest.mark.parametrize("number", [number for number in CODE if EXERCISES[number].replaces])
 def test_the_project_computes_what_the_solution_computes(number):
-    """The project's own function, seen by the same probe, is told from the solution by nothing but how it was written."""
+    """To the same probe the project's own function is the solution's twin; but it is no student's work."""
     one, project = EXERCISES[number], types.SimpleNamespace()
     for target, name in one.replaces.items():
         module, attribute = target.rsplit(".", 1)
         setattr(project, name, getattr(importlib.import_module(module), attribute))
-    right, got = (exercise.outcome(one, answer) for answer in (load_answer(exercise_file(number, "solutions")), project))
+    solution = load_answer(exercise_file(number, "solutions"))
+    right, got = (exercise.outcome(one, answer) for answer in (solution, project))
     differ = [what for what in right if not exercise.same(got[what], right[what])]
     assert differ == {"1b": ["whether it is written out"]}.get(number, [])
     with pytest.raises(Hint, match="project's own|written out|write out"):
@@ -74,24 +75,28 @@ def test_the_project_computes_what_the_solution_computes(number):
 
 
 def test_the_numbers_of_the_solutions_are_the_projects():
-    solution = {number: load_answer(exercise_file(number, "solutions")) for number in ("1a", "3a", "4a", "5a", "6a")}
+    solution = {number: load_answer(exercise_file(number, "solutions")) for number in CODE}
     full, separable = (model.conv3x3(model.UNetConfig(separable=kind), 256, 512) for kind in (False, True))
-    assert solution["1a"].FULL == sum(p.numel() for p in full.parameters())
-    assert solution["1a"].SEPARABLE == sum(p.numel() for p in separable.parameters())
+    assert sum(p.numel() for p in full.parameters()) == solution["1a"].FULL
+    assert sum(p.numel() for p in separable.parameters()) == solution["1a"].SEPARABLE
     sizes = []
     with torch.device("meta"):
         net = decoder.TinyDecoder(decoder.PRESETS["sd3"])
         for module in net.modules():
             if not list(module.children()):
-                module.register_forward_hook(lambda _, given, out: sizes.append((out.numel(), given[0].numel())))
+                module.register_forward_hook(lambda _, given, out: sizes.append(out.numel()))
+                module.register_forward_pre_hook(lambda _, given: sizes.append(given[0].numel()))
         net(torch.zeros(1, 16, 128, 128))
-    assert solution["3a"].FIRST == sizes[0][0] * 2 / 1e6 and solution["3a"].LARGEST == max(map(max, sizes)) * 2 / 1e6
-    assert solution["4a"].A == pytest.approx(distill.timestep_weight(torch.tensor([0.5, 0.75, 0.9])).tolist())
+    assert sizes[1] * 2 / 1e6 == solution["3a"].FIRST  # sizes[0] is what the first convolution takes
+    assert max(sizes) * 2 / 1e6 == solution["3a"].LARGEST
+    assert pytest.approx(distill.timestep_weight(torch.tensor([0.5, 0.75, 0.9])).tolist()) == solution["4a"].A
     times = flow.sampling_timesteps(4, 3.0)[:-1]
-    assert solution["5a"].TIMES == pytest.approx(times.tolist())
-    assert solution["5a"].A == pytest.approx(distill.timestep_weight(times).tolist(), abs=1e-4)
+    assert pytest.approx(times.tolist()) == solution["5a"].TIMES
+    assert pytest.approx(distill.timestep_weight(times).tolist(), abs=1e-4) == solution["5a"].A
     below_1000 = np.nextafter(np.float16(1000), np.float16(0))
-    assert 1000 - below_1000 == solution["6a"].SPACING and np.isfinite(np.float16(solution["6a"].LARGEST_SQUARE**2))
+    assert 1000 - below_1000 == solution["6a"].SPACING
+    largest = solution["6a"].LARGEST_SQUARE
+    assert np.isfinite(np.float16(largest**2)) and np.isinf(np.float16((largest + 1) ** 2))
 
 
 @pytest.mark.parametrize("number", CODE)
@@ -115,7 +120,7 @@ def test_an_exercise_as_it_is_handed_out_is_not_right(number):
 def test_the_projects_own_tests_see_the_answer():
     """With a wrong function in place the reference test fails, and afterwards the project is as it was."""
     one, original = EXERCISES["2c"], flow.logit_normal_timesteps
-    wrong = types.SimpleNamespace(logit_normal_timesteps=lambda n, *_, generator=None: torch.rand(n, generator=generator))
+    wrong = types.SimpleNamespace(logit_normal_timesteps=lambda n, **more: torch.rand(n, **more))
     with pytest.raises(Hint, match="test_logit_normal_timesteps_have_the_right_distribution"):
         exercise.run_tests(one, wrong, "answer")
     assert flow.logit_normal_timesteps is original
@@ -197,18 +202,19 @@ def test_the_projects_own_function_is_no_answer(number, text, tmp_path):
 
 
 SUM = "out = torch.einsum('bhst,btd->bshd', w, v)"
-TURN = "if rope is not None:\n    q = model.rotate(q, *rope)\n    k = model.rotate(k[:, :, None], "
-       "*rope).squeeze(2)"
+TURN = "if rope:\n    q = model.rotate(q, *rope)\n    k = model.rotate(k[:, :, None], *rope).squeeze(2)"
 DOT = "w = torch.einsum('bshd,btd->bhst', q, k)"
 MASK = "if mask is not None:\n    w = w.masked_fill(mask.logical_not(), float('-inf'))"
-BLOCK = "def conv(k, groups):\n    return nn.Conv2d(c_out, c_out, k, padding=k // 2, groups=groups, "
-        "bias=groups == 1)\n"
+BLOCK = "def conv(k, groups):\n    return nn.Conv2d(c_out, c_out, k, 1, k // 2, 1, groups, groups == 1)\n"
 PASS = "return x + self.body(x)"
 WRONG = [  # (exercise, what a student writes into its holes, a piece of the hint)
     ("1a", "FULL, SEPARABLE = 9 * 256 * 512, 9 * 256 + 256 * 512", "also has a bias"),
-    ("1a", "FULL = 3 * 3 * 256 * 512 + 256\nSEPARABLE = 9 * 256 + 256 * 512 + 256\nMACS_RATIO = 8.84", "each *output* channel"),
-    ("1a", "FULL, SEPARABLE = 1180160, 133888\nMACS_RATIO = FULL / SEPARABLE", "leave them out of MACS_RATIO"),
-    ("1a", "FULL, MACS_RATIO = 1180160, 8.845\nSEPARABLE = 512 * 9 + 256 * 512 + 512", "as many as *input* channels"),
+    ("1a", "FULL = 3 * 3 * 256 * 512 + 256\nSEPARABLE = 9 * 256 + 256 * 512 + 256\nMACS_RATIO = 8.84",
+     "each *output* channel"),
+    ("1a", "FULL, SEPARABLE = 1180160, 133888\nMACS_RATIO = FULL / SEPARABLE",
+     "leave them out of MACS_RATIO"),
+    ("1a", "FULL, MACS_RATIO = 1180160, 8.845\nSEPARABLE = 512 * 9 + 256 * 512 + 512",
+     "as many as *input* channels"),
     ("1b", f"{TURN}\n{DOT}\n{MASK}\nw = w.softmax(-1)\n{SUM}", "not scaled"),
     ("1b", f"{TURN}\n{DOT} / self.head_dim**0.5\nw = w if mask is None else w + mask * -1e9\nw = "
            f"w.softmax(-1)\n{SUM}",
@@ -216,7 +222,8 @@ WRONG = [  # (exercise, what a student writes into its holes, a piece of the hin
     ("1b", f"{TURN}\n{DOT} / self.head_dim**0.5\n{MASK}\nw = w.softmax(-1)\n"
            "out = torch.matmul(w, v[:, None]).permute(0, 2, 3, 1)", "heads stand in the wrong order"),
     ("1b", f"{TURN}\n{DOT} / self.head_dim**0.5\n{MASK}\nw = w.softmax(-1)\n"
-           "out = (w @ v[:, None]).reshape(len(x), -1, q.shape[2], self.head_dim)", "heads stand in the wrong order"),
+           "out = (w @ v[:, None]).reshape(len(x), -1, q.shape[2], self.head_dim)",
+     "heads stand in the wrong order"),
     ("1b", f"{DOT} / self.head_dim**0.5\n{MASK}\nw = w.softmax(-1)\n{SUM}", "`rope` changes nothing"),
     ("1b", f"if rope:\n    q = model.rotate(q, *rope)\n{DOT} / self.head_dim**0.5\n{MASK}\nw = "
            f"w.softmax(-1)\n{SUM}",
@@ -225,18 +232,23 @@ WRONG = [  # (exercise, what a student writes into its holes, a piece of the hin
     ("1b", f"{TURN}\n{DOT} / self.head_dim**0.5\nw = w.softmax(-1)\nw = w * mask if mask is not None else "
            f"w\n{SUM}",
      "masked after the softmax"),
-    ("1b", f"{TURN}\n{DOT} / self.head_dim**0.5\n{MASK}\nw = torch.softmax(w, 1)\n{SUM}", "softmax goes over the keys"),
+    ("1b", f"{TURN}\n{DOT} / self.head_dim**0.5\n{MASK}\nw = torch.softmax(w, 1)\n{SUM}",
+     "softmax goes over the keys"),
     ("1c", "a, b = x[..., ::2], x[..., 1::2]\nc, s = cos.unsqueeze(1), sin.unsqueeze(1)\n"
-           "return torch.stack([a * c - b * s, b * c + a * s], -1).reshape(x.shape)", "not with its neighbour"),
-    ("1c", "a, b = x.chunk(2, -1)\nreturn torch.cat([a * cos - b * sin, a * sin + b * cos], -1)", "an axis of length 1"),
+           "return torch.stack([a * c - b * s, b * c + a * s], -1).reshape(x.shape)",
+     "not with its neighbour"),
+    ("1c", "a, b = x.chunk(2, -1)\nreturn torch.cat([a * cos - b * sin, a * sin + b * cos], -1)",
+     "an axis of length 1"),
     ("1c", "d = x.shape[-1] // 2\nc, s = cos[:, None], sin[:, None]\n"
-           "return torch.cat([x[..., :d] * c + x[..., d:] * s, x[..., d:] * c - x[..., :d] * s], -1)", "turn by -angle"),
+           "return torch.cat([x[..., :d] * c + x[..., d:] * s, x[..., d:] * c - x[..., :d] * s], -1)",
+     "turn by -angle"),
     ("1c", "a, b = x.chunk(2, -1)\nz = torch.view_as_complex(torch.stack([a, b], -1)) * "
            "torch.polar(torch.ones_like(cos), "
            "torch.atan2(sin, cos))[:, None]\nreturn torch.cat([z.real, z.imag], -1)", "complex numbers"),
     ("1d", "STAGE_2, STAGE_3 = 8 * 4096**2 * 2 / 2**20, 14 * 1024**2 * 2 / 2**20", "mebibyte"),
     ("1d", "STAGE_2, STAGE_3 = 4096**2 * 2 / 1e6, 1024**2 * 2 / 1e6", "each head has scores of its own"),
-    ("1d", "STAGE_2, STAGE_3 = 512 * 4096**2 * 2 / 1e6, 896 * 1024**2 * 2 / 1e6", "one score for a pair of pixels"),
+    ("1d", "STAGE_2, STAGE_3 = 512 * 4096**2 * 2 / 1e6, 896 * 1024**2 * 2 / 1e6",
+     "one score for a pair of pixels"),
     ("1d", "STAGE_2, STAGE_3 = 8 * 4096 * 2 / 1e6, 14 * 1024 * 2 / 1e6", "the number of pixels is squared"),
     ("2a", "SHIFTED, BEFORE, SHARE = 0.25, 0.964, 0.136", "t = 0 for noise throughout"),
     ("2a", "SHIFTED, BEFORE, SHARE = 1.5, 0.3, 0.864", "a shifted time is still at most 1"),
@@ -244,15 +256,20 @@ WRONG = [  # (exercise, what a student writes into its holes, a piece of the hin
     ("2a", "SHIFTED, BEFORE, SHARE = 0.75, 0.964, 0.864", "Solve the formula for t"),
     ("2b", ["return (1 - expand(t, eps)) * eps + expand(t, x0) * x0", "return x0 - eps",
             "return x_t + v - expand(t, v) * v"], "throughout"),
-    ("2b", ["return x0 + expand(t, x0) * (eps - x0)", "return -(eps - x0) * -1.0 * -1.0", "return x_t - expand(t, v) * v"],
+    ("2b", ["return x0 + expand(t, x0) * (eps - x0)", "return -(eps - x0)", "return x_t - expand(t, v) * v"],
      "with which sign"),
     ("2b", ["return x0 + t * (eps - x0)", "return eps - x0", "return x_t - expand(t, v) * v"], "expand"),
-    ("2b", ["return x0 + expand(t, x0) * (eps - x0)", "return eps", "return x_t - expand(t, v) * v"], "and not the noise"),
-    ("2b", ["return (1 - expand(t, x0)) ** 0.5 * x0 + expand(t, x0) ** 0.5 * eps", "return eps - x0", "return x_t - v"],
+    ("2b", ["return x0 + expand(t, x0) * (eps - x0)", "return eps", "return x_t - expand(t, v) * v"],
+     "and not the noise"),
+    ("2b", ["return (1 - expand(t, x0)) ** 0.5 * x0 + expand(t, x0) ** 0.5 * eps", "return eps - x0",
+            "return x_t - expand(t, v) * v"],
      "without the square roots"),
-    ("2c", "n = torch.randn(n) * std + mean\nreturn flow.shift_timesteps(n.sigmoid(), shift)", "hand the generator"),
-    ("2c", "return flow.shift_timesteps(torch.rand(n, generator=generator), shift)", "these times are uniform"),
-    ("2c", "return 1 / (1 + torch.exp(-torch.randn(n, generator=generator) * std - mean))", "`shift` changes nothing"),
+    ("2c", "n = torch.randn(n) * std + mean\nreturn flow.shift_timesteps(n.sigmoid(), shift)",
+     "hand the generator"),
+    ("2c", "return flow.shift_timesteps(torch.rand(n, generator=generator), shift)",
+     "these times are uniform"),
+    ("2c", "return 1 / (1 + torch.exp(-torch.randn(n, generator=generator) * std - mean))",
+     "`shift` changes nothing"),
     ("2c", "x = torch.randn(n, generator=generator)\nreturn flow.shift_timesteps(torch.sigmoid((x + mean) * "
            "std), shift)",
      "the mean is added afterwards"),
@@ -260,7 +277,8 @@ WRONG = [  # (exercise, what a student writes into its holes, a piece of the hin
            "* (v - e)\n"
            "x = x + (then - now) * v", "a time for each picture"),
     ("2d", "x = noise if now == 1 else x\nt = now.repeat(len(x))\nv = model(x, t, *text)\nif guidance != 1:\n"
-           "    e = model(x, t, *empty)\n    v = e + guidance * (v - e)\nx += (then - now) * v", "caller's noise"),
+           "    e = model(x, t, *empty)\n    v = e + guidance * (v - e)\nx += (then - now) * v",
+     "caller's noise"),
     ("2d", "t = now.repeat(len(x))\nv, e = model(x, t, *text), model(x, t, *empty)\nx = x + (then - now) * "
            "(v + guidance * (v - e))",
      "guidance starts from v_empty"),
@@ -269,7 +287,8 @@ WRONG = [  # (exercise, what a student writes into its holes, a piece of the hin
      "one forward a step"),
     ("2d", "t = now.repeat(len(x))\nv = model(x, t, *text)\nif guidance != 1:\n    e = model(x, t, *empty)\n"
            "    v = e + guidance * (v - e)\nx = x - v / steps", "steps unequal"),
-    ("2d", "t = now.repeat(len(x))\nv = model(x, t, text)\nx = x + (then - now) * v", "hand them over with a star"),
+    ("2d", "t = now.repeat(len(x))\nv = model(x, t, text)\nx = x + (then - now) * v",
+     "hand them over with a star"),
     ("2d", "t = now.repeat(len(x))\nv = model(x, t, *text)\nif guidance != 1:\n    e = model(x, t, *empty)\n"
            "    v = v + guidance * (v - e)\nx = x - (then - now) * v", "the step (then - now) is negative"),
     ("3a", "LARGEST, FIRST = 320, 8", "mebibyte"),
@@ -304,8 +323,10 @@ WRONG = [  # (exercise, what a student writes into its holes, a piece of the hin
     ("3d", "return sum(F.mse_loss(F.normalize(a), F.normalize(b), reduction='none').mean((1, 2, 3)) for a, b "
            "in zip(f, g))",
      "*summed* over channels"),
-    ("3d", "return sum((F.normalize(a) - F.normalize(b)).norm(dim=1).mean((1, 2)) for a, b in zip(f, g))", "without the square root"),
-    ("3d", "return sum((F.normalize(a) - F.normalize(b)).pow(2).sum(1).mean() for a, b in zip(f, g))", "for each picture"),
+    ("3d", "return sum((F.normalize(a) - F.normalize(b)).norm(dim=1).mean((1, 2)) for a, b in zip(f, g))",
+     "without the square root"),
+    ("3d", "return sum((F.normalize(a) - F.normalize(b)).pow(2).sum(1).mean() for a, b in zip(f, g))",
+     "for each picture"),
     ("4a", "A, PULL = [1, 0.547, 0.0894], 27.3", "has a factor 1 / (t (1 - t))"),
     ("4a", "A, PULL = [1, 0.729, 0.248], 0.752", "multiplies L_kd as well"),
     ("4a", "A, PULL = [1, 0.729, 0.248], 0.752 * 0.6", "without L_kd itself"),
@@ -314,7 +335,8 @@ WRONG = [  # (exercise, what a student writes into its holes, a piece of the hin
             "a = timestep_weight(t)\nreturn a * task + (1 - a) * ratio * kd"], "clamp t a little inside"),
     ("4b", ["t = t.clamp(1e-6, 1 - 1e-6)\nd = torch.exp(-torch.logit(t) ** 2 / 2) / (t * (1 - t))\nreturn d "
             "/ d.amax()",
-            "a = timestep_weight(t)\nreturn a * task + (1 - a) * ratio * kd"], "not the largest in this batch"),
+            "a = timestep_weight(t)\nreturn a * task + (1 - a) * ratio * kd"],
+     "not the largest in this batch"),
     ("4b", ["t = t.clamp(1e-6, 1 - 1e-6)\nreturn torch.exp(-torch.logit(t) ** 2 / 2) / (4 * t * (1 - t))",
             "a = timestep_weight(t)\nreturn a * task + (1 - a) * (ratio * kd).detach()"], "stop-gradient"),
     ("4b", ["t = t.clamp(1e-6, 1 - 1e-6)\nreturn torch.exp(-torch.logit(t) ** 2 / 2) / (4 * t * (1 - t))",
@@ -322,40 +344,47 @@ WRONG = [  # (exercise, what a student writes into its holes, a piece of the hin
     ("4c", "NEAR, FAR, RUNNING_NEAR, RUNNING_FAR = 100, 1, 0.02, 2", "the derivative of d^2 is 2 d"),
     ("4c", "NEAR, FAR, RUNNING_NEAR, RUNNING_FAR = 200, 2, 100.01, 10001", "not the mean of both ratios"),
     ("4c", "NEAR, FAR, RUNNING_NEAR, RUNNING_FAR = 0, 0, 0.04, 4", "S has sg() in it"),
-    ("4d", ["return (self.means[0] / self.means[1])[self.bin(t)]", "new = self.sums[:2] / self.sums[2].clamp(min=1)\n"
-            "for i in range(self.bins):\n    if self.sums[2, i]:\n        rate = 0.05 if self.means[0, i] "
-            "else 1\n"
-            "        self.means[:, i] += rate * (new[:, i] - self.means[:, i])\nself.sums = "
-            "torch.zeros_like(self.sums)"], "0 / 0 is NaN"),
+    ("4d", ["return (self.means[0] / self.means[1])[self.bin(t)]",
+            "new = self.sums[:2] / self.sums[2].clamp(min=1)\nfor i in range(self.bins):\n"
+            "    rate = (0.05 if self.means[0, i] else 1) if self.sums[2, i] else 0\n"
+            "    self.means[:, i] += rate * (new[:, i] - self.means[:, i])\nself.sums.zero_()"],
+     "0 / 0 is NaN"),
     ("4d", ["return torch.nan_to_num(self.means[0] / self.means[1], nan=1.0)[self.bin(t)]",
             "self.means = 0.95 * self.means + 0.05 * self.sums[:2] / "
             "self.sums[2].clamp(min=1)\nself.sums.zero_()"],
      "does not start from 0"),
     ("4d", ["return torch.nan_to_num(self.means[0] / self.means[1], nan=1.0)[self.bin(t)]",
             "n = self.sums[2]\nnew = self.sums[:2] / n.clamp(min=1)\nmoved = torch.where(self.means > 0, "
-            "self.means + (new - self.means) / 20, new)\nself.means = torch.where(n > 0, moved, self.means)"], "begin at zero again"),
+            "self.means + (new - self.means) / 20, new)\nself.means = torch.where(n > 0, moved, self.means)"],
+     "begin at zero again"),
     ("4d", ["return torch.nan_to_num(self.means[0] / self.means[1], nan=1.0)[self.bin(t)]",
             "n = self.sums[2]\nnew = self.sums[:2]\nmoved = torch.where(self.means > 0, self.means + (new - "
             "self.means) / 20, new)\n"
             "self.means = torch.where(n > 0, moved, self.means)\nself.sums.zero_()"], "divide the sums"),
-    ("5a", "TIMES, A = [1, 0.857, 0.6, 0], [0, 0.42, 0.9, 0]\nFORWARDS_BEFORE, FORWARDS_AFTER = 56, 4", "four steps have five times"),
+    ("5a", "TIMES, A = [1, 0.857, 0.6, 0], [0, 0.42, 0.9, 0]\nFORWARDS_BEFORE, FORWARDS_AFTER = 56, 4",
+     "four steps have five times"),
     ("5a", "TIMES, A = [1, 0.9, 0.75, 0.5, 0], [0, 0.248, 0.729, 1, 0]\nFORWARDS_BEFORE, FORWARDS_AFTER = "
            "56, 4",
      "0 is where the last one ends"),
-    ("5a", "TIMES, A = [1, 0.9, 0.75, 0.5], [0, 0.729, 1, 0.729]\nFORWARDS_BEFORE, FORWARDS_AFTER = 56, 4", "TIMES, which are shifted"),
+    ("5a", "TIMES, A = [1, 0.9, 0.75, 0.5], [0, 0.729, 1, 0.729]\nFORWARDS_BEFORE, FORWARDS_AFTER = 56, 4",
+     "TIMES, which are shifted"),
     ("5b", ["return torch.clamp(1 - on_real, min=0).mean() + torch.clamp(1 + on_fake, min=0).mean()",
             "with torch.no_grad():\n    features = self.teacher(latents, t, ids)[1]\nreturn [F.group_norm(f, "
             "1) for f in features]",
-            "return torch.cat([h(f).flatten(1) for h, f in zip(self.heads, features)], 1)"], "the gradient ends at your features"),
+            "return torch.cat([h(f).flatten(1) for h, f in zip(self.heads, features)], 1)"],
+     "the gradient ends at your features"),
     ("5b", ["return F.relu(1 - on_real.mean()) + F.relu(1 + on_fake.mean())",
             "return [F.group_norm(f, 1) for f in self.teacher(latents, t, ids)[1]]",
-            "return torch.cat([h(f).flatten(1) for h, f in zip(self.heads, features)], 1)"], "relu comes before the mean"),
+            "return torch.cat([h(f).flatten(1) for h, f in zip(self.heads, features)], 1)"],
+     "relu comes before the mean"),
     ("5b", ["return F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()",
             "return [F.group_norm(f, 1) for f in self.teacher(latents, t, ids)[1]]",
-            "return torch.cat([h(f).flatten() for h, f in zip(self.heads, features)])"], "keeps a row of logits"),
+            "return torch.cat([h(f).flatten() for h, f in zip(self.heads, features)])"],
+     "keeps a row of logits"),
     ("5b", ["return F.relu(-on_real).mean() + F.relu(on_fake).mean()", "return list(self.teacher(latents, t, "
                                                                        "ids)[1])",
-            "return torch.cat([h(f).flatten(1) for h, f in zip(self.heads, features)], 1)"], "bring each to deviation 1"),
+            "return torch.cat([h(f).flatten(1) for h, f in zip(self.heads, features)], 1)"],
+     "bring each to deviation 1"),
     ("5c", "rows = (t >= now - 1e-4).nonzero()[:, 0]\nif len(rows):\n    v = teacher(x0[rows], "
            "t[rows].clamp(max=float(now)), "
            "ids[rows], guidance)[0]\n    x0[rows] += flow.expand(then - t[rows].clamp(max=float(now)), v) * "
@@ -381,15 +410,18 @@ WRONG = [  # (exercise, what a student writes into its holes, a piece of the hin
            "g), y", "*squared* length"),
     ("6a", "MEGABYTES_16, MEGABYTES_6, LARGEST_SQUARE, SPACING = 724.2, 271.6, 255, 0.5", "mebibyte"),
     ("6a", "MEGABYTES_16, MEGABYTES_6, LARGEST_SQUARE, SPACING = 759.4, 284.8, 256, 0.5", "beyond 65504"),
-    ("6a", "MEGABYTES_16, MEGABYTES_6, LARGEST_SQUARE, SPACING = 759.4, 284.8, 255, 2**-10", "grows with the number"),
+    ("6a", "MEGABYTES_16, MEGABYTES_6, LARGEST_SQUARE, SPACING = 759.4, 284.8, 255, 2**-10",
+     "grows with the number"),
     ("6b", "h = F.layer_norm(x.view(len(x), self.groups, -1), (x[0].numel() // self.groups,)).view_as(x)\n"
-           "return h * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)", "F.layer_norm would take 1e-5"),
+           "return h * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)",
+     "F.layer_norm would take 1e-5"),
     ("6b", "h = F.layer_norm(x.view(len(x), self.groups, -1), (x[0].numel() // self.groups,), "
            "eps=self.eps).view_as(x)\n"
            "return h * self.weight + self.bias", "axes of length 1"),
     ("6b", "h = x.view(len(x), self.groups, -1)\nm, s = h.mean(2, True), h.var(2, False, keepdim=True)\n"
            "h = ((h - m) / (s + self.eps) ** 0.5).view_as(x)\n"
-           "return h * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)", "leave sums and squares"),
+           "return h * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)",
+     "leave sums and squares"),
     ("6b", "return F.group_norm(x, self.groups, self.weight, self.bias, self.eps)", "GroupNorm as it was"),
     ("6c", "return (1 - mask) * -1e9", "0 times that is NaN"),
     ("6c", "return -10**9 * (1.0 - mask)", "0 times that is NaN"),
@@ -461,12 +493,13 @@ def test_a_right_answer_and_the_list(tmp_path, monkeypatch, capsys):
     check.main([])
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     assert lines.keys() == EXERCISES.keys()
-    assert lines["2a"].endswith(" right") and lines["3a"].endswith(" not yet") and lines["4a"] == EXERCISES["4a"].title
+    assert lines["2a"].endswith(" right") and lines["3a"].endswith(" not yet")
+    assert lines["4a"] == EXERCISES["4a"].title
     with pytest.raises(SystemExit, match="there is no exercise '9z'"):
         check.main(["9z"])
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Questions about trainings: runs of the right form, made by hand
 
 COLUMNS = {  # of the last row: {exercise: {run: (settings that differ, columns)}}
@@ -474,7 +507,8 @@ COLUMNS = {  # of the last row: {exercise: {run: (settings that differ, columns)
            "1e-f": ({"ladder": None}, {"val_loss": 0.9, "pictures_per_second": 250})},
     "2e": {"2e-few": ({"pictures": 64, "contents": "1f"}, {"loss": 0.5, "val_loss": 0.9}),
            "2e-many": ({"pictures": 20000, "contents": "2f"}, {"loss": 0.7, "val_loss": 0.7})},
-    "3e": {"3e-without": ({"gan_weight": 0.0}, {"val_psnr": 33.0}), "3e-much": ({"gan_weight": 0.5}, {"val_psnr": 32.0})},
+    "3e": {"3e-without": ({"gan_weight": 0.0}, {"val_psnr": 33.0}),
+           "3e-much": ({"gan_weight": 0.5}, {"val_psnr": 32.0})},
     "4e": {"4e-alone": ({"losses": "task"}, {"val_loss": 0.5, "pictures_per_second": 100}),
            "4e-taught": ({"losses": "task+out+feat"}, {"val_loss": 0.45, "pictures_per_second": 80})},
     "5e": {"5e-calm": ({"heads_lr": 1e-4, "penalty": 0.1}, {"d_real": 0.1, "d_fake": -0.1, "loss_d": 1.8}),
@@ -487,7 +521,7 @@ def make_run(folder, settings, columns, step=800, steps=800):
     config = {"settings": {"steps": steps, "lr": 1e-3, **settings}, "step": step}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     rows = [["step", *columns], [50, *(2 * value for value in columns.values())], [step, *columns.values()]]
-    (folder / "log.csv").write_text("\n".join(",".join(map(str, row)) for row in rows) + "\n", encoding="utf-8")
+    (folder / "log.csv").write_text("".join(",".join(map(str, row)) + "\n" for row in rows), encoding="utf-8")
 
 
 @pytest.mark.parametrize("number", COLUMNS)
@@ -546,11 +580,14 @@ def test_the_question_about_bits(tmp_path, monkeypatch):
             exercise.check(number, one, types.SimpleNamespace(**{**vars(solution), **changes}))
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The pages
 
 
-@pytest.mark.parametrize("page", sorted((exercise.ROOT / "course").glob("[1-6]_*.md")), ids=lambda page: page.stem)
+PAGES = sorted((exercise.ROOT / "course").glob("[1-6]_*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_equation_stands_beside_the_line_that_computes_it(page):
     """| equation | `file.py`, `function` | `line` |: the line is in that function today, whitespace apart."""
     section = page.read_text(encoding="utf-8").split("## The equations and their lines")[1].split("\n## ")[0]
@@ -558,11 +595,13 @@ def test_every_equation_stands_beside_the_line_that_computes_it(page):
     assert len(rows) >= 5 and len(rows) == section.count("\n| ") - 1
     for file, name, line in rows:
         source = (exercise.ROOT / file).read_text(encoding="utf-8")
-        (found,) = (ast.get_source_segment(source, node) for node in ast.parse(source).body if getattr(node, "name", "") == name)
-        assert "".join(line.replace("\\|", "|").split()) in "".join(found.split()), f"{file}, {name} has no line {line}"
+        (node,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == name)
+        found = "".join(ast.get_source_segment(source, node).split())
+        assert "".join(line.replace("\\|", "|").split()) in found, f"{file}, {name} has no line {line}"
 
 
 def test_every_page_lists_its_exercises():
-    for page in (exercise.ROOT / "course").glob("[1-6]_*.md"):
+    for page in PAGES:
         listed = re.findall(r"^\* \*\*(\d\w)\*\* (.+)$", page.read_text(encoding="utf-8"), flags=re.M)
-        assert listed == [(number, one.title) for number, one in EXERCISES.items() if number[0] == page.stem[0]]
+        mine = {number: one.title for number, one in EXERCISES.items() if number[0] == page.stem[0]}
+        assert dict(listed) == mine and len(listed) == len(mine)

@@ -1,1 +1,1 @@
-"""What the exercises ask, what is right, and which mistakes are so common that they have a hint of their own."""
+"""What the exercises ask, and which mistakes are so common that they have a hint of their own."""

@@ -61,6 +61,11 @@ def gan_runs(answer):
 
 
 BODY = "depthwise(), pointwise(), depthwise(), norm, nn.SiLU(), pointwise()"
+FIRST = "(restoring,) = torch.autograd.grad(loss, weight, retain_graph=True)"
+SECOND = "(fooling,) = torch.autograd.grad(loss_adv, weight, retain_graph=True)"
+BACKWARD = "loss.backward(retain_graph=True); restoring, weight.grad = weight.grad, None"
+BACKWARD_ADV = "loss_adv.backward(retain_graph=True); fooling = weight.grad"
+QUOTIENT = "restoring.norm() / (fooling.norm() + 1e-8)"
 UNIT = "F.normalize(a, dim=1) - F.normalize(b, dim=1)"
 
 EXERCISES = {
@@ -114,7 +119,8 @@ EXERCISES = {
             "nn.GroupNorm takes the number of groups first, then the channels.":
                 {"cfg.groups, c_out": "c_out, cfg.groups"},
         },
-        probe=block_output, own=("decoder.Block.__init__", "decoder.Block.forward"), replaces={"decoder.Block": "Block"},
+        probe=block_output, own=("decoder.Block.__init__", "decoder.Block.forward"),
+        replaces={"decoder.Block": "Block"},
         tests={"test_decoder.py": ("test_block_against_loops",)},
     ),
     "3c": Exercise(
@@ -123,33 +129,30 @@ EXERCISES = {
         mistakes={
             ".backward() adds its gradients to every layer's .grad, also of the layers before: "
             "torch.autograd.grad leaves nothing.":
-                [{"(restoring,) = torch.autograd.grad(loss, weight, retain_graph=True)": "loss.backward(retain_graph=True)",
-                  "(fooling,) = torch.autograd.grad(loss_adv, weight, retain_graph=True)":
-                      f"restoring, weight.grad = weight.grad, None; loss_adv.backward(retain_graph=True); "
-                      f"fooling = weight.grad{end}"}
-                 for end in ("", "; weight.grad = None")],
+                [{FIRST: BACKWARD, SECOND: BACKWARD_ADV + end} for end in ("", "; weight.grad = None")],
             "the graphs are still needed: retain_graph=True, for both gradients.":
                 [{", retain_graph=True": ""}, {"(loss, weight, retain_graph=True": "(loss, weight"},
                  {"(loss_adv, weight, retain_graph=True": "(loss_adv, weight"}],
             "torch.autograd.grad gives a tuple, one gradient for each input: take its only element.":
                 [{"(restoring,)": "restoring"}, {"(fooling,)": "fooling"}],
             "upside down: a long adversarial gradient must get a *small* weight.":
-                {"restoring.norm() / (fooling.norm() + 1e-8)": "fooling.norm() / (restoring.norm() + 1e-8)"},
+                {QUOTIENT: "fooling.norm() / (restoring.norm() + 1e-8)"},
             "the weight must be a number, not a function of the weights: .detach() it.":
                 {"retain_graph=": "create_graph=", ".detach()": ""},
             "a tensor is asked for: .item() makes the CPU wait for the GPU in every step.":
                 {".detach()": ".item()"},
             "the lengths are norms, not their squares.":
-                {"restoring.norm() / (fooling.norm() + 1e-8)": "restoring.square().sum() / "
+                {QUOTIENT: "restoring.square().sum() / "
                                                                "(fooling.square().sum() + 1e-8)"},
             "the lengths are norms over all numbers of the gradient, not their mean.":
-                {"restoring.norm() / (fooling.norm() + 1e-8)": "restoring.abs().mean() / (fooling.abs().mean() + 1e-8)"},
+                {QUOTIENT: "restoring.abs().mean() / (fooling.abs().mean() + 1e-8)"},
             "it is the gradients that are compared, not the losses.":
-                {"restoring.norm() / (fooling.norm() + 1e-8)": "loss / (loss_adv + 1e-8)"},
+                {QUOTIENT: "loss / (loss_adv + 1e-8)"},
             "at most 1e4: where the adversarial gradient vanishes, the quotient explodes.":
                 {".clamp(max=1e4)": ""},
         },
-        probe=weigh, own=("decoder.adaptive_weight",), replaces={"decoder.adaptive_weight": "adaptive_weight"},
+        probe=weigh, own=("decoder.adaptive_weight",),
+        replaces={"decoder.adaptive_weight": "adaptive_weight"},
         tests={"test_decoder.py": ("test_adaptive_weight_makes_gradients_equally_long",)},
     ),
     "3d": Exercise(

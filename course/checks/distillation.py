@@ -24,7 +24,7 @@ def scale(answer):
 
 
 def remember(answer):
-    """What a Ratio says after each of four steps; the fifth of 0.9 and 1.0 has no pictures in the second and third."""
+    """What a Ratio says after each of four steps; the last fifth has no pictures in the second and third."""
     ratio, t, said = answer.Ratio(), torch.tensor([0.1, 0.15, 0.9, 1.0]), {}
     said["the ratio before the first step"] = ratio(t)
     ratio.add(torch.tensor([1.0, 3.0, 8.0, 8.0]), torch.tensor([2.0, 0.5, 1.0, 3.0]), t)
@@ -148,7 +148,7 @@ EXERCISES = {
         mistakes={
             "the ratio of the means, not the mean of the ratios: one picture that agrees would make the "
             "latter explode.":
-                {"torch.stack([task, kd, torch.ones_like(t)])": "torch.stack([task / kd, torch.ones_like(kd), torch.ones_like(t)])"},
+                {"[task, kd, torch.ones_like(t)]": "[task / kd, torch.ones_like(t), torch.ones_like(t)]"},
             "a running mean moves by a twentieth of the way to the new value; yours forgets all steps but "
             "the last.":
                 {"0.05, 1.0": "1.0, 1.0"},
@@ -167,7 +167,7 @@ EXERCISES = {
             "of pictures.":
                 {" / n.clamp(min=1)": ""},
             "fifths without pictures stay as they are; yours move towards 0, or become NaN.":
-                [{MOVED: "self.means + rate * (new - self.means)"}, {"n.clamp(min=1)": "n", MOVED: MOVED.split(", ")[1]}],
+                [{MOVED: MOVED.split(", ")[1]}, {MOVED: MOVED.split(", ")[1], "n.clamp(min=1)": "n"}],
             "once the step is over its sums begin at zero again.":
                 {"self.sums.zero_()": "pass"},
             "where nothing is known yet the ratio is 1: 0 / 0 is NaN.":
@@ -177,7 +177,8 @@ EXERCISES = {
             "the ratio is L_task over L_kd, and not upside down.":
                 {"task, kd = self.means": "kd, task = self.means"},
         },
-        probe=remember, own=("distill.Ratio.forward", "distill.Ratio.step"), replaces={"distill.Ratio": "Ratio"},
+        probe=remember, own=("distill.Ratio.forward", "distill.Ratio.step"),
+        replaces={"distill.Ratio": "Ratio"},
         tests={"test_distill.py": ("test_ratio_is_a_running_mean_for_each_fifth_of_t",)},
     ),
     "4e": Exercise(

@@ -11,7 +11,7 @@ from course.exercise import Exercise, Hint
 
 
 class Features:
-    """Stands in for a teacher: two features that are linear in the latents, the second a hundred times as large."""
+    """Stands in for a teacher: two features that are linear in the latents, the second much larger."""
 
     layers, feature_dim = (0, 1), 16
 
@@ -20,7 +20,7 @@ class Features:
 
 
 def judge(answer):
-    """Losses of known logits; the logits of a Discriminator with given weights, and what the latents learn from them."""
+    """Losses of known logits; the logits of a Discriminator with given weights, and their gradient."""
     torch.manual_seed(0)
     real, fake = 2 * torch.randn(2, 5), 2 * torch.randn(2, 5)
     discriminator = answer.Discriminator(Features())
@@ -57,9 +57,11 @@ def slope(answer):
     """The penalty of three heads on three features, which come from latents."""
     torch.manual_seed(0)
     heads = [nn.Sequential(nn.Conv2d(16, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 1, 1)) for _ in range(3)]
-    discriminator = SimpleNamespace(
-        heads=heads, logits=lambda fs: torch.cat([head(f).flatten(1) for head, f in zip(heads, fs, strict=True)], dim=1)
-    )
+
+    def answers(features):
+        return torch.cat([head(f).flatten(1) for head, f in zip(heads, features, strict=True)], dim=1)
+
+    discriminator = SimpleNamespace(heads=heads, logits=answers)
     latents = torch.randn(2, 16, 4, 4, requires_grad=True)
     penalty, logits = answer.gradient_penalty(discriminator, [latents.sin(), latents.cos(), latents.tanh()])
     trains = penalty.requires_grad
@@ -87,6 +89,8 @@ def winning_runs(answer):
 
 HINGE = "F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()"
 CAT = "torch.cat([head(f).flatten(1) for head, f in zip(self.heads, features, strict=True)], dim=1)"
+OWN_T = "t[rows].clamp(max=float(now))"
+LENGTH = ".sum(dim=1).mean()"
 FORWARD = "v, _ = teacher(x0[rows], start, ids[rows], guidance)"
 
 EXERCISES = {
@@ -135,7 +139,7 @@ EXERCISES = {
             "L_D is the sum of both means, without a half.":
                 {HINGE: f"({HINGE}) / 2"},
             "every head answers: concatenate the logits of all of them.":
-                [{CAT: "self.heads[-1](features[-1]).flatten(1)"}, {CAT: "self.heads[0](features[0]).flatten(1)"}],
+                [{CAT: f"self.heads[{i}](features[{i}]).flatten(1)"} for i in (0, -1)],
             "the heads' logits are put side by side (torch.cat), not averaged: each of them has to be "
             "convinced.":
                 [{CAT: CAT.replace("torch.cat", "torch.stack").replace("dim=1", "dim=0") + ".mean(dim=0)"},
@@ -150,7 +154,8 @@ EXERCISES = {
                 {"F.group_norm(f, 1)": "F.group_norm(f.detach(), 1)"},
         },
         probe=judge,
-        own=("step_distill.hinge", "step_distill.Discriminator.features", "step_distill.Discriminator.logits"),
+        own=("step_distill.hinge", "step_distill.Discriminator.features",
+             "step_distill.Discriminator.logits"),
         replaces={"step_distill.hinge": "hinge", "step_distill.Discriminator": "Discriminator"},
         tests={"test_step_distill.py": ("test_hinge_and_who_wants_what",
                                         "test_it_has_logits_for_every_head_and_token_and_trains_only_heads")},
@@ -165,13 +170,13 @@ EXERCISES = {
                 {"then - start": "start - then"},
             "a picture at t joins when the grid has come down to t: only the rows with t > then go through "
             "the teacher.":
-                [{"t > then + 1e-4": "t >= 0", "t[rows].clamp(max=float(now))": "now.expand(int(rows.sum()))"},
+                [{"t > then + 1e-4": "t >= 0", OWN_T: "now.expand(int(rows.sum()))"},
                  {"t > then + 1e-4": "t >= 0"}],
             "a picture between `now` and `then` is on its way already: its first step is a short one, from "
             "its own t.":
                 [{"t > then + 1e-4": "t >= now - 1e-4"}, {"t > then + 1e-4": "t > now - 1e-4"}],
             "a picture's first step begins at its own t, between now and then: clamp t to at most `now`.":
-                [{"t[rows].clamp(max=float(now))": "now.expand(int(rows.sum()))"}, {"flow.expand(then - start, v)": "(then - now)"}],
+                [{OWN_T: "now.expand(int(rows.sum()))"}, {"flow.expand(then - start, v)": "(then - now)"}],
             "once a picture is on the grid, its step begins at `now`, no longer at its own t.":
                 {".clamp(max=float(now))": ""},
             "a teacher is dear: only the rows on their way go through it, not all of them with most thrown "
@@ -183,7 +188,8 @@ EXERCISES = {
                           "for i in torch.where(rows)[0].tolist()])"},
         },
         probe=lead, own=("step_distill.solve",), replaces={"step_distill.solve": "solve"},
-        tests={"test_step_distill.py": ("test_solve_of_a_perfect_field_lands_on_x0", "test_solve_from_noise_is_the_sampler")},
+        tests={"test_step_distill.py": ("test_solve_of_a_perfect_field_lands_on_x0",
+                                        "test_solve_from_noise_is_the_sampler")},
     ),
     "5d": Exercise(
         "Write the gradient penalty R1",
@@ -192,7 +198,7 @@ EXERCISES = {
             "R1 is the *squared* length of the gradient.":
                 [{".sum(dim=1)": ".sum(dim=1).sqrt()"}, {"square()": "abs()"}],
             "the square is summed over the channels of a token, and averaged over tokens and pictures.":
-                [{".sum(dim=1)": ".mean(dim=1)"}, {".sum(dim=1).mean()": ".sum()"}, {".sum(dim=1).mean()": ".flatten(1).sum(1).mean()"}],
+                [{LENGTH: wrong} for wrong in (".mean()", ".sum()", ".sum(dim=(1, 2, 3)).mean()")],
             "it is the gradient of the *sum* of the logits: a mean makes every slope as small as there are "
             "logits.":
                 {"logits.sum()": "logits.mean()"},
@@ -208,7 +214,8 @@ EXERCISES = {
             "a detached feature no longer asks for a gradient: .requires_grad_() after .detach().":
                 {".requires_grad_()": ""},
         },
-        probe=slope, own=("step_distill.gradient_penalty",), replaces={"step_distill.gradient_penalty": "gradient_penalty"},
+        probe=slope, own=("step_distill.gradient_penalty",),
+        replaces={"step_distill.gradient_penalty": "gradient_penalty"},
         tests={"test_step_distill.py": ("test_gradient_penalty_is_the_squared_slope_on_real_features",)},
     ),
     "5e": Exercise(

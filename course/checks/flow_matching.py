@@ -27,7 +27,8 @@ def on_the_line(answer):
 def draw_times(answer):
     def times(*args, **kwargs):
         torch.manual_seed(1)  # of numbers that are drawn without the generator
-        return answer.logit_normal_timesteps(1000, *args, generator=torch.Generator().manual_seed(0), **kwargs)
+        generator = torch.Generator().manual_seed(0)
+        return answer.logit_normal_timesteps(1000, *args, generator=generator, **kwargs)
 
     return {
         "the times": times(),
@@ -84,7 +85,8 @@ EXERCISES = {
         mistakes={
             "you have t = 0 for noise throughout, as some papers do. Here t = 1 is noise, and the shift "
             "moves times up.":
-                [{"SHIFTED": 0.25, "BEFORE": 2.7 / 2.8, "SHARE": normal_cdf(-math.log(3))}, {"SHIFTED": 0.25, "BEFORE": 2.7 / 2.8}],
+                [{"SHIFTED": 0.25, "BEFORE": 2.7 / 2.8, "SHARE": normal_cdf(-math.log(3))},
+                 {"SHIFTED": 0.25, "BEFORE": 2.7 / 2.8}],
             "t' = s t / (1 + (s - 1) t) with s = 3 moves 0.5 towards noise, and noise is t = 1.":
                 {"SHIFTED": 0.25},
             "a shifted time is still at most 1: what is s t divided by?":
@@ -125,7 +127,7 @@ EXERCISES = {
             "from x_t back to x_0 you walk against the velocity: what is x_t - x_0?":
                 {"x_t - expand": "x_t + expand"},
             "from x_t it is t, not 1 - t, back to the data.":
-                [{"x_t - expand(t, x_t)": "x_t - (1 - expand(t, x_t))"}, {"x_t - expand(t, x_t)": "x_t + (1 - expand(t, x_t))"}],
+                [{"x_t - expand(t, x_t)": f"x_t {sign} (1 - expand(t, x_t))"} for sign in "-+"],
             "from x_t it is not the whole way back, but t of it.":
                 {"x_t - expand(t, x_t) * v": "x_t - v"},
             "t (B,) has one number for each picture, and x_0 (B, ...) has more axes: expand(t, x0) makes "
@@ -194,7 +196,8 @@ EXERCISES = {
         },
         probe=sample, own=("flow.euler_sample", "flow.euler_steps", "flow.guide"),
         replaces={"flow.euler_sample": "euler_sample"},
-        tests={"test_flow.py": ("test_sampler_is_exact_for_a_single_picture", "test_sampler_turns_noise_into_the_right_gaussian",
+        tests={"test_flow.py": ("test_sampler_is_exact_for_a_single_picture",
+                                "test_sampler_turns_noise_into_the_right_gaussian",
                                 "test_euler_step_is_diffusers_scheduler_step")},
     ),
     "2e": Exercise(

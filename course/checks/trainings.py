@@ -10,7 +10,7 @@ from course.exercise import Hint
 
 
 class Training:
-    """A finished run: .settings (its flags, as config.json has them), .last(column), .median(column) of its log.csv."""
+    """A finished run: .settings (its flags), .last(column) and .median(column) of its log.csv."""
 
     def __init__(self, folder, settings, rows):
         self.folder, self.settings, self.rows = folder, settings, rows
@@ -30,7 +30,7 @@ class Training:
 
 
 def finished(folder, steps):
-    """The Training in a folder. Raises Hint if there is none, if it is not at its end, or was shorter than the exercise's."""
+    """The Training in a folder. Raises Hint if there is none, if it has not ended, or if it was too short."""
     folder = Path(str(folder))
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))

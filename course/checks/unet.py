@@ -10,7 +10,7 @@ COMPLEX = {"complex", "polar", "view_as_complex"}
 
 
 def attend(answer):
-    """What an Attention with given weights answers: 2 pictures of 6 pixels; 5 tokens, some of them padding."""
+    """What an Attention with given weights answers: 2 pictures of 6 pixels, 5 tokens, some padding."""
     torch.manual_seed(1)
     cfg = model.UNetConfig(channels=(64,), head_dim=32, groups=16, text_dim=24)
     to_text, to_itself = answer.Attention(cfg, 64, context_dim=24), answer.Attention(cfg, 64)
@@ -46,6 +46,7 @@ def ladder_runs(answer):
 
 
 WITH_ROPE = "q, k = model.rotate(q, *rope), model.rotate(k[:, :, None], *rope)[:, :, 0]"
+MASKED = 'logits.masked_fill(~mask, float("-inf"))'
 WEIGHTED = 'torch.einsum("bhst,btd->bshd", logits.softmax(dim=-1), v)'
 
 EXERCISES = {
@@ -87,13 +88,14 @@ EXERCISES = {
                 [{"~mask": "mask"}, {'~mask, float("-inf")': "mask, -1e9"}],
             "the mask is not used: a token of padding (False) must get the weight 0, so its logit is -inf "
             "before the softmax.":
-                [{"mask is not None": "False"}, {'logits.masked_fill(~mask, float("-inf"))': "logits + mask"}],
+                [{"mask is not None": "False"}, {MASKED: "logits + mask"}],
             "masked after the softmax, the weights of the real tokens no longer add up to 1: mask the "
             "logits.":
-                {'logits.masked_fill(~mask, float("-inf"))': "logits",
+                {MASKED: "logits",
                  "logits.softmax(dim=-1)": "(logits.softmax(dim=-1) * (1 if mask is None else mask))"},
             "the heads stand in the wrong order: out is (B, S, heads, d), each head's channels side by side.":
-                [{"->bshd": "->bsdh"}, {"->bshd": "->bhsd"}, {WEIGHTED: WEIGHTED.replace("bshd", "bhsd") + ".reshape(q.shape)"}],
+                [{"->bshd": "->bsdh"}, {"->bshd": "->bhsd"},
+                 {WEIGHTED: WEIGHTED.replace("bshd", "bhsd") + ".reshape(q.shape)"}],
             "`rope` changes nothing in your code: queries and keys are turned by model.rotate before they "
             "meet.":
                 {"rope is not None": "False"},
@@ -122,7 +124,8 @@ EXERCISES = {
                 {"a * cos - b * sin, a * sin + b * cos": "a * cos + b * sin, b * cos - a * sin"},
             "channel i goes with channel i + head_dim / 2 here, not with its neighbour.":
                 [{"x.chunk(2, dim=-1)": "x[..., 0::2], x[..., 1::2]"},
-                 {"x.chunk(2, dim=-1)": "x[..., 0::2], x[..., 1::2]", "torch.cat": "torch.stack", "dim=-1)": "dim=-1).flatten(-2)"}],
+                 {"x.chunk(2, dim=-1)": "x[..., 0::2], x[..., 1::2]",
+                  "torch.cat": "torch.stack", "dim=-1)": "dim=-1).flatten(-2)"}],
             "a rotation mixes both halves in both outputs: (a cos - b sin, a sin + b cos).":
                 [{"a * sin + b * cos": "a * cos + b * sin"}, {"- b * sin, a * sin +": ","}],
             "the signs make a mirror of it: a rotation has one minus, at the sine of the first output.":

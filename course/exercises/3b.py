@@ -1,7 +1,7 @@
 """3b  Build the block of Fig. 4.
 
-depthwise 3x3 (no bias), pointwise 1x1, depthwise 3x3 (no bias), GroupNorm, SiLU, pointwise 1x1, plus the input. The channels stay.
-Put the six layers into `self.body`, an nn.Sequential, in this order.
+depthwise 3x3 (no bias), pointwise 1x1, depthwise 3x3 (no bias), GroupNorm, SiLU, pointwise 1x1, plus the
+input. The channels stay. Put the six layers into `self.body`, an nn.Sequential, in this order.
 
 The project's test writes the block out as loops over pixels and compares.
 """

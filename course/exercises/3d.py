@@ -1,9 +1,11 @@
 """3d  Write the perceptual distance.
 
-LPIPS compares two pictures in the features of a network that was trained to see (class Perceptual in common/distances.py). Given the
-features of both pictures at several layers:
+LPIPS compares two pictures in the features of a network that was trained to see (class Perceptual in
+common/distances.py). Given the features of both pictures at several layers:
 
-    distance = sum over layers of mean over pixels of || f / |f| - g / |g| ||^2        |f|: over the channels of each pixel
+    distance = sum over layers of mean over pixels of || f / |f| - g / |g| ||^2
+
+|f| is the length over the channels of each pixel.
 """
 
 import torch.nn.functional as F

@@ -5,7 +5,8 @@ Train the decoder without the adversarial loss, and with ten times as much as us
     python decoder.py --steps 800 --gan-weight 0 --gan-start 0 --out runs/3e-without
     python decoder.py --steps 800 --gan-weight 0.5 --gan-start 0 --out runs/3e-much
 
-Then look at val_psnr in log.csv and at compare.png of both. Worth a discussion: which picture would you rather have?
+Then look at val_psnr in log.csv and at compare.png of both. Worth a discussion: which picture would you
+rather have?
 """
 
 RUN_WITHOUT = "runs/3e-without"

@@ -1,9 +1,11 @@
 """4b  Write timestep-aware scaling.
 
-    S(L_task, L_kd) = a_t L_task + (1 - a_t) ratio L_kd       for every picture; ratio is |L_task^t| / |L_kd^t|, given
+    S(L_task, L_kd) = a_t L_task + (1 - a_t) ratio L_kd       for every picture
 
-a_t is the density of the logit-normal(0, 1) at t, divided by its largest value, which it takes at t = 0.5. It must not become
-NaN at t = 0 and t = 1.
+The ratio is |L_task^t| / |L_kd^t|, and is given.
+
+a_t is the density of the logit-normal(0, 1) at t, divided by its largest value, which it takes at t = 0.5. It
+must not become NaN at t = 0 and t = 1.
 """
 
 import torch

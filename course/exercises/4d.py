@@ -1,11 +1,12 @@
 """4d  Write the running ratio.
 
-|L_task^t| / |L_kd^t| of S for each fifth of t: means over the steps, of L_task and of L_kd. `add` is called for every part of a
-batch, `step` once when the step is over. Write what is missing:
+|L_task^t| / |L_kd^t| of S for each fifth of t: means over the steps, of L_task and of L_kd. `add` is called
+for every part of a batch, `step` once when the step is over. Write what is missing:
 
 * forward(t): the ratio of the two means in the fifth of each t; 1 where nothing is known yet.
-* step(): per fifth, the mean of this step's losses; the first one is taken as it is, each later one moves the running mean by a
-  twentieth of the way. Fifths without pictures stay as they are. Then the sums are zero again.
+* step(): per fifth, the mean of this step's losses; the first one is taken as it is, each later one moves the
+  running mean by a twentieth of the way. Fifths without pictures stay as they are. Then the sums are zero
+  again.
 """
 
 import torch

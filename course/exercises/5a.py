@@ -1,7 +1,7 @@
 """5a  Four steps: when, how many forwards, who teaches.
 
-The student of stage 3 draws in four steps, evenly spaced and then shifted with s = 3 (flow.sampling_timesteps).
-Three digits are enough.
+The student of stage 3 draws in four steps, evenly spaced and then shifted with s = 3
+(flow.sampling_timesteps). Three digits are enough.
 
 TIMES            the times at which a step begins, from noise on
 FORWARDS_BEFORE  forwards of the UNet for a picture of stage 2: 28 steps, guidance 2

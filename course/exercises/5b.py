@@ -1,7 +1,7 @@
 """5b  Write the discriminator's heads and the hinge loss.
 
-The discriminator is the frozen teacher with small heads on some of its blocks. Real latents shall get logits above 1, predicted
-ones below -1; whoever is beyond that costs nothing:
+The discriminator is the frozen teacher with small heads on some of its blocks. Real latents shall get logits
+above 1, predicted ones below -1; whoever is beyond that costs nothing:
 
     L_D = E[max(0, 1 - D(real))] + E[max(0, 1 + D(predicted))]
 """
@@ -22,7 +22,8 @@ class Discriminator(nn.Module):
         self.teacher = teacher  # teacher(latents, t, ids) -> (velocity, features of some of its blocks)
 
         def head():
-            first, second = nn.Conv2d(teacher.feature_dim, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+            first = nn.Conv2d(teacher.feature_dim, width, 3, padding=1)
+            second = nn.Conv2d(width, width, 3, padding=1)
             return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), nn.Conv2d(width, 1, 1))
 
         self.heads = nn.ModuleList(head() for _ in teacher.layers)
@@ -32,7 +33,7 @@ class Discriminator(nn.Module):
         return self.logits(self.features(latents, t, ids))
 
     def features(self, latents, t, ids):
-        """[(B, D, h, w), ...], one for each head: self.teacher(latents, t, ids)[1], each normalised by F.group_norm(f, 1)."""
+        """[(B, D, h, w), ...], one for each head: the teacher's, each normalised by F.group_norm(f, 1)."""
         raise NotImplementedError  # your code
 
     def logits(self, features):

@@ -1,7 +1,8 @@
 """6b  Write GroupNorm for float16.
 
-Converted as it is, GroupNorm becomes nine operations, one of which squares differences: beyond 255 that overflows float16. As ONE
-layer_norm over each group, Core ML takes care of its own sums. Gain and offset of each channel follow afterwards.
+Converted as it is, GroupNorm becomes nine operations, one of which squares differences: beyond 255 that
+overflows float16. As ONE layer_norm over each group, Core ML takes care of its own sums. Gain and offset of
+each channel follow afterwards.
 """
 
 import torch.nn.functional as F

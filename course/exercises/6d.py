@@ -1,6 +1,7 @@
 """6d  A linear layer as a 1x1 convolution.
 
-The neural engine likes tensors of (B, C, 1, S) and 1x1 convolutions. Make one from a linear layer, with the same weights.
+The neural engine likes tensors of (B, C, 1, S) and 1x1 convolutions. Make one from a linear layer, with the
+same weights.
 
 The project's test then runs a whole transformer in that layout, with your convolutions, against the original.
 """

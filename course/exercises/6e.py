@@ -5,8 +5,8 @@ Weights as indices into a palette of 64 or of 16 numbers, found by k-means:
     python export_coreml.py --nbits 6 --out build6
     python export_coreml.py --nbits 4 --out build4
 
-Both print how far the float16 UNet is from PyTorch, in decibels, and keep it in verification.json. Look at pictures.png of both.
-A rule of thumb says 6 dB a bit, as for a sound or a picture. Does it hold?
+Both print how far the float16 UNet is from PyTorch, in decibels, and keep it in verification.json. Look at
+pictures.png of both. A rule of thumb says 6 dB a bit, as for a sound or a picture. Does it hold?
 """
 
 BUILD_6 = "build6"

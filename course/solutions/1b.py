@@ -12,8 +12,8 @@ class Attention(model.Attention):
         k = self.norm_k(self.to_k(context))  # (B, T, d): one head for all
         v = self.to_v(context)  # (B, T, d)
 
-        if rope is not None:
-            q, k = model.rotate(q, *rope), model.rotate(k[:, :, None], *rope)[:, :, 0]  # rotate wants an axis of heads
+        if rope is not None:  # rotate wants an axis of heads
+            q, k = model.rotate(q, *rope), model.rotate(k[:, :, None], *rope)[:, :, 0]
         logits = torch.einsum("bshd,btd->bhst", q, k) / self.head_dim**0.5  # (B, heads, S, T)
         if mask is not None:
             logits = logits.masked_fill(~mask, float("-inf"))

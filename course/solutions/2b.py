@@ -1,4 +1,4 @@
-"""2b  The derivative of the line holds no t: the path is straight. From x_t it is a way of t against v to the data."""
+"""2b  The derivative of the line holds no t: the path is straight. From x_t to the data it is t against v."""
 
 from flow import expand
 

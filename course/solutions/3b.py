@@ -1,4 +1,4 @@
-"""3b  Only one norm, and no convolution beside the block: the channels stay, so the shortcut is a plain sum."""
+"""3b  One norm, and no convolution beside the block: the channels stay, so the shortcut is a plain sum."""
 
 from torch import nn
 

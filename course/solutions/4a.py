@@ -1,4 +1,4 @@
-"""4a  The density of t = sigmoid(n): the normal density at n = log(t / (1 - t)), times dn / dt = 1 / (t (1 - t))."""
+"""4a  The density of t = sigmoid(n): the normal at n = log(t / (1 - t)), times dn / dt = 1 / (t (1 - t))."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""4b  At the ends both the exponential and t (1 - t) go to 0, the former much faster; clamp t to stay off 0 / 0."""
+"""4b  At the ends the exponential and t (1 - t) go to 0, the former much faster; a clamp keeps off 0 / 0."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""4c  With a ratio for each picture the derivative is 2 / d: the better a picture agrees, the harder it pulls."""
+"""4c  With a ratio for each picture the derivative is 2 / d: who agrees better pulls harder."""
 
 NEAR = (1 / 0.01**2) * 2 * 0.01
 FAR = (1 / 1**2) * 2 * 1

@@ -1,4 +1,4 @@
-"""4d  The ratio of the means, not the mean of the ratios, and of the steps before: no picture knows its own weight."""
+"""4d  The ratio of the means, not the mean of the ratios; and of the steps before this one."""
 
 import torch
 

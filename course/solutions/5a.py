@@ -1,4 +1,4 @@
-"""5a  At the last step a_t is 1: there S listens to the data alone, and the target comes in through on-policy points."""
+"""5a  At the last step a_t is 1: S listens to the data alone; the target comes in at on-policy points."""
 
 import math
 

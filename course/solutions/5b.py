@@ -15,7 +15,8 @@ class Discriminator(nn.Module):
         self.teacher = teacher
 
         def head():
-            first, second = nn.Conv2d(teacher.feature_dim, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+            first = nn.Conv2d(teacher.feature_dim, width, 3, padding=1)
+            second = nn.Conv2d(width, width, 3, padding=1)
             return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), nn.Conv2d(width, 1, 1))
 
         self.heads = nn.ModuleList(head() for _ in teacher.layers)

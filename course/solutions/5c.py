@@ -1,4 +1,4 @@
-"""5c  Rows with t above the end of the step are on their way; a start above `now` would be a step that was taken already."""
+"""5c  Rows with t above the end of the step are on their way; none starts above `now`."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""6b  All numbers of a group in one row, normalised; then back to the picture, where each channel has its own gain."""
+"""6b  All numbers of a group in one row, normalised; then back, and to each channel its own gain."""
 
 import torch.nn.functional as F
 
