@@ -33,29 +33,55 @@ solve of the many-step teacher from x_t: the same kind of answer, for up to 16 f
 the README. [A] besides: D's noise level is logit-normal and not shifted; R1; both learning rates; no caption is dropped.
 """
 
+import copy
+import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import flow
-from common import arguments, parallel
+from common import arguments, parallel, training
 from common.arguments import integer, real
-from common.device import matmul_dtype, move, take
-from common.encoders import hash_folders
+from common.checkpoint import check_encoders, latest, load_state, load_student, save_network, save_state, state_settings
+from common.device import (
+    describe_machine,
+    half,
+    matmul_dtype,
+    move,
+    multiply_in_bfloat16,
+    pick_device,
+    student_dtype,
+    take,
+)
+from common.encoders import FrozenEncoders, hash_folders
 from common.figures import curves
-from common.run import Run
 from common.seeds import noise_rows, rng
-from common.training import make_optimizers, predict, timestep_shift, update_ema
+from common.training import (
+    Log,
+    Means,
+    ahead,
+    clip_gradients,
+    learning_rate,
+    make_optimizers,
+    predict,
+    timestep_shift,
+    update_ema,
+)
 from data import open_data, sample_prompts
 from distill import Ratio, scaled
 from evaluate import prompts_of, score
+from model import PRESETS, UNet
 from sample import draw_pictures
 from teacher import Teacher
 
 LR = 1e-3, 1e-5  # at class scale, at the paper's sizes [A]
+WARMUP, EVERY = 50, 25  # steps until the learning rates are at their peak [A]; steps between two rows of log.csv
 
 # ------------------------------------------------------------------------------------------------------------------
 # The few-step teacher
@@ -219,36 +245,78 @@ def collapse_alarm(predicted, x_0):
 
 
 def train(args):
-    run = Run(args, "step_distill", warmup=50, every=25)
-    student, ema, encoders = run.student(run.before("distill"))
+    """One run, from flags to saved weights. The order is stage 1's."""
+    # ---- the folder, the device, the ranks
+    out, device, rank = Path(args.out), pick_device(args.device), parallel.rank()
+    if (out / "train_state").is_dir() and not args.resume:
+        raise SystemExit(f"{out} holds a run already: go on with --resume, choose another --out, or delete it.")
+    rows = parallel.rows(args.batch, args.accumulate)  # this rank's, of each batch
+    size = (rows.stop - rows.start) // args.accumulate  # pictures that are on the device together
+    torch.manual_seed(args.seed)
+
+    # ---- the student of stage 2, and its average
+    args.init = args.init or (state_settings(out).get("init") if args.resume else None) or latest("distill")
+    student = UNet(PRESETS[args.size])
+    start_from, trained = load_student(args.init)
+    if start_from.cfg != student.cfg:
+        raise SystemExit(f"{args.init} is not of --size {args.size}: give the size it was trained with. (A student of another "
+                         "--ladder step than f goes no further than stage 1.)")  # fmt: skip
+    student.load_state_dict(start_from.state_dict())
+    student.to(device, memory_format=torch.channels_last)
+    multiply_in_bfloat16(student, device)
+    student.checkpointing = args.checkpointing
+    ema = copy.deepcopy(student).requires_grad_(False).eval()
+
+    # ---- frozen encoders, data
+    gemma = trained.get("gemma")
+    encoders = FrozenEncoders(args.teacher, device, torch.float32 if args.size == "tiny" else half(device), gemma)
+    check_encoders(trained, encoders)
     data, _ = open_data(args, encoders)
     prompts, shift = sample_prompts(args, data), timestep_shift(args.size, args.resolution)
     times = flow.sampling_timesteps(args.for_steps, shift)[:-1]  # t in {1, 0.75, 0.5, 0.25} before the shift [A]
-    run.config |= {"latent_size": list(data.shape[1:]),
-                   "sampling": {"steps": args.for_steps, "guidance": 1.0, "shift": shift,
-                                "times": [round(float(t), 6) for t in times] + [0.0]}}  # fmt: skip
-    # D looks through the few-step teacher if there is one, else through the many-step teacher [A].
-    teacher = Teacher(args.turbo or args.teacher, data, run.device, matmul_dtype(run.device), layers=args.layers)
+
+    # ---- the teacher. D looks through the few-step one if there is one, else through the many-step one [A].
+    teacher = Teacher(args.turbo or args.teacher, data, device, matmul_dtype(device), layers=args.layers)
     turbo, args.layers = teacher if args.turbo else None, list(teacher.layers)
-    if args.compile:
-        teacher.compile()
     if args.checkpointing:  # the student's gradient runs through all of its blocks
         teacher.net.enable_gradient_checkpointing()
-    discriminator, ratio = Discriminator(teacher).to(run.device), Ratio().to(run.device)
-    student_optimizers = make_optimizers(student, args.lr, args.optimizer)
+    discriminator, ratio = Discriminator(teacher).to(device), Ratio().to(device)
+
+    # ---- the optimizers; what --resume restores, bit for bit
+    optimizers = make_optimizers(student, args.lr, args.optimizer)
     betas = (0.5, 0.99)  # [A]: D forgets fast, since what it looks at changes all the time
-    head_optimizers = [torch.optim.AdamW(discriminator.parameters(), lr=args.heads_lr, betas=betas, weight_decay=0.0, fused=True)]
-    weights = {"teacher": encoders.fingerprint(*encoders.parts, "transformer")}
-    weights |= {"gemma": encoders.gemma.fingerprint()} if encoders.gemma else {}
-    weights |= {"turbo_weights": hash_folders([Path(args.turbo) / "transformer"])} if args.turbo else {}
-    run.keep([*student_optimizers, *head_optimizers], {"contents": data.name, **weights},
-             model=student, ema=ema, discriminator=discriminator, ratio=ratio)  # fmt: skip
-    forward, scored, adversarial = run.wrap(student), args.watch and not args.data, "adv" in args.losses
-    logits, targets = {}, {}  # D's last answers, for gan.png; what target() said in this step
+    of_heads = torch.optim.AdamW(discriminator.parameters(), lr=args.heads_lr, betas=betas, weight_decay=0.0, fused=True)
+    networks = {"model": student, "ema": ema, "discriminator": discriminator, "ratio": ratio}
+    hashes = {"contents": data.name, "teacher": encoders.fingerprint(*encoders.parts, "transformer")}
+    hashes |= {"gemma": encoders.gemma.fingerprint()} if encoders.gemma else {}
+    hashes |= {"turbo_weights": hash_folders([Path(args.turbo) / "transformer"])} if args.turbo else {}
+    settings = arguments.settings_of(args) | hashes
+    start = load_state(out, settings, [*optimizers, of_heads], **networks) if args.resume else 0
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    machine = describe_machine(device) | {"products": str(student_dtype(device)).removeprefix("torch.")}
+    config = {
+        "stage": "step_distill", "size": args.size, "machine": machine, "encoders": args.teacher, "gemma": gemma,
+        "scaling_factor": encoders.scaling_factor, "shift_factor": encoders.shift_factor,
+        "latent_size": list(data.shape[1:]), "settings": arguments.all_of(args) | hashes,
+        "sampling": {"steps": args.for_steps, "guidance": 1.0, "shift": shift,
+                     "times": [round(float(t), 6) for t in times] + [0.0]},
+    }  # fmt: skip
+    training.say_start(out, config, start, args.steps, student)
+
+    # ---- several GPUs: the student's backward pass averages the gradients of all ranks
+    forward, several = torch.compile(student) if args.compile else student, parallel.world() > 1
+    if args.compile:
+        teacher.compile()
+    if several:
+        forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None,
+                                          gradient_as_bucket_view=True)  # fmt: skip
+
+    def make(step):
+        return draw_points(data, args, times, step, rows)
 
     def renoised(x, part, others=0):
-        """What D is asked about. Real and predicted latents get the same noise: nothing else tells them apart. With others=1 each
-        comes with its neighbor's caption."""
+        """What D is asked about. Real and predicted latents get the same noise: nothing else tells them apart. With
+        others=1 each comes with its neighbor's caption."""
         return flow.interpolate(x, part.noise, part.level), part.level, part.ids.roll(others)
 
     def target(k, part):
@@ -257,13 +325,24 @@ def train(args):
             targets[k] = target_velocity(teacher, turbo, part.x_t, times[part.which], part.ids, args, shift)
         return targets[k]
 
-    for step, points in run.steps(lambda step: draw_points(data, args, times, step, run.rows)):
-        points = walk_on_policy(student, points, times, run.device, at_once=max(1, len(points.t) // args.accumulate))
+    # ---- the loop
+    scored, adversarial = args.watch and not args.data, "adv" in args.losses
+    logits, targets = {}, {}  # D's last answers, for gan.png; what target() said in this step
+    log, means, bad_steps, last_row, clock = Log(out / "log.csv", start), Means(device), 0, start, time.perf_counter()
+    bar = tqdm(total=args.steps, initial=start, desc="step_distill", mininterval=1, disable=None if rank == 0 else True)
+    for step, points in zip(range(start, args.steps), ahead(make, range(start, args.steps), device), strict=True):
+        share = learning_rate(step, args.steps, WARMUP)
+        of_heads.param_groups[0]["lr"] = args.heads_lr * share
+        for group in groups:
+            group["lr"] = args.lr * share
+        points = walk_on_policy(student, points, times, device, at_once=max(1, len(points.t) // args.accumulate))
+        parts = [slice(k * size, (k + 1) * size) for k in range(args.accumulate)]
         targets.clear()
 
         # First D. The student's pictures come without a graph: nothing here may reach the student.
         discriminator.requires_grad_(True)
-        for k, part in enumerate(run.parts(points) if adversarial else ()):
+        for k, some in enumerate(parts if adversarial else ()):
+            part = move(take(points, some), device)
             with torch.no_grad():
                 predicted = flow.x0_from_velocity(part.x_t, predict(forward, part), part.t)
                 x_0 = part.x_0 if args.real == "data" else flow.x0_from_velocity(part.x_t, target(k, part), part.t)
@@ -274,39 +353,74 @@ def train(args):
             on_fake = discriminator.logits(fake)
             loss = hinge(on_real, on_fake)
             if wrong is not None:  # a real latent with the caption of another is as wrong: D must read
-                differ = (part.ids != part.ids.roll(1)).to(run.device)
+                differ = (part.ids != part.ids.roll(1)).to(device)
                 loss = loss + args.wrong_captions * (differ[:, None] * F.relu(1 + discriminator.logits(wrong))).mean()
-            run.backward(loss + args.penalty * penalty)
-            run.log(d_real=on_real, d_fake=on_fake, loss_d=loss, penalty=penalty)
+            ((loss + args.penalty * penalty) / args.accumulate).backward()
+            means.add(d_real=on_real, d_fake=on_fake, loss_d=loss, penalty=penalty)
             logits.update(real=on_real.detach(), fake=on_fake.detach())
         if adversarial:
-            run.step(head_optimizers, discriminator, clip=10.0, name="grad_norm_d")
+            if several:
+                parallel.average_gradients(discriminator)
+            norm, bad = clip_gradients(discriminator.parameters(), 10.0)
+            means.add(grad_norm_d=norm, skipped_d=bad)
+            of_heads.step()
+            of_heads.zero_grad(set_to_none=True)
 
         # Then the student, against D as it is now: the gradient runs from the heads through the frozen teacher into x0'.
         discriminator.requires_grad_(False)
-        for k, part in enumerate(run.parts(points)):
-            v = predict(forward, part)
-            predicted, loss = flow.x0_from_velocity(part.x_t, v, part.t), 0.0
-            if "kd" in args.losses:
-                kd = (v - target(k, part)).square().mean((1, 2, 3))  # (B,)   || v_T - v_theta ||^2
-                task = (v - part.v).square().mean((1, 2, 3))  # (B,)   || (eps - x_0) - v_theta ||^2, of real points
-                ratio.add(task, kd, part.t, ~part.on_policy)
-                loss = distillation_loss(task, kd, part.t, part.on_policy, ratio(part.t), args.task_weight).mean()
-                run.log(loss_kd=kd)
-                run.log(loss_task=task, weights=(~part.on_policy).float())
-            if adversarial:  # no hinge here: the student may please D as much as it can
-                loss_adv = -discriminator(*renoised(predicted, part)).mean()
-                loss = loss + ramp(step, args) * loss_adv
-                run.log(loss_adv=loss_adv)
-            run.backward(loss)
-            run.log(**collapse_alarm(predicted.detach(), part.x_0))
-        run.step(student_optimizers, student)
+        for k, some in enumerate(parts):
+            part, last = move(take(points, some), device), k == args.accumulate - 1
+            with forward.no_sync() if several and not last else nullcontext():  # only the last part averages over ranks
+                v = predict(forward, part)
+                predicted, loss = flow.x0_from_velocity(part.x_t, v, part.t), 0.0
+                if "kd" in args.losses:
+                    kd = (v - target(k, part)).square().mean((1, 2, 3))  # (B,)   || v_T - v_theta ||^2
+                    task = (v - part.v).square().mean((1, 2, 3))  # (B,)   || (eps - x_0) - v_theta ||^2, of real points
+                    ratio.add(task, kd, part.t, ~part.on_policy)
+                    loss = distillation_loss(task, kd, part.t, part.on_policy, ratio(part.t), args.task_weight).mean()
+                    means.add(loss_kd=kd)
+                    means.add(loss_task=task, weights=(~part.on_policy).float())
+                if adversarial:  # no hinge here: the student may please D as much as it can
+                    loss_adv = -discriminator(*renoised(predicted, part)).mean()
+                    loss = loss + ramp(step, args) * loss_adv
+                    means.add(loss_adv=loss_adv)
+                (loss / args.accumulate).backward()
+            means.add(**collapse_alarm(predicted.detach(), part.x_0))
+        norm, bad = clip_gradients(student.parameters(), 1.0)
+        means.add(grad_norm=norm, skipped=bad)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         ratio.step()
         update_ema(ema, student, step, args.ema)
-        if run.due():
-            run.save(ema, plot=lambda table, out: plot(table, out, logits),
-                     measure=lambda: few_step_scores(ema, run.config, encoders, args.watch) if scored else {},
-                     samples=lambda: draw_pictures(ema, run.config, encoders, prompts, range(len(prompts))))  # fmt: skip
+        bar.update()
+
+        # ---- a row of log.csv; now and then score, draw, save
+        due = (step + 1) % args.save_every == 0 or step + 1 == args.steps
+        if not due and (step + 1) % EVERY:
+            continue
+        row, by_t = means.take()
+        seconds = (time.perf_counter() - clock) / (step + 1 - last_row)  # a step
+        bad_steps = bad_steps + step + 1 - last_row if max(row["skipped"], row.get("skipped_d", 0)) > 0.5 else 0
+        last_row = step + 1
+        rates = f"--lr {args.lr} or --heads-lr {args.heads_lr}"
+        if bad_steps > 1:  # a row may cover a single step
+            training.stop_on_nan(out, step, rates)
+        if rank == 0:
+            scores = few_step_scores(ema, config, encoders, args.watch) if due and scored else {}
+            lr, rate = groups[0]["lr"], args.batch / seconds
+            log.add(step=step + 1, pictures=(step + 1) * args.batch, **row, **by_t, **scores, lr=lr, pictures_per_second=rate)
+            training.say_row(bar, step + 1, args.steps, row | scores, lr, rate, seconds)
+        if rank == 0 and due:  # the state comes last: what a kill leaves undone before it is done again by --resume
+            training.save_samples(out, step + 1, draw_pictures(ema, config, encoders, prompts, range(len(prompts))))
+            plot(log, out, logits)
+            save_network(out, ema, config | {"step": step + 1, "pictures_seen": (step + 1) * args.batch})
+            save_state(out, step + 1, settings, [*optimizers, of_heads], **networks)
+        if due:
+            parallel.wait(patient=False)
+        clock = time.perf_counter()
+    bar.close()
+    training.say_end(out)
 
 
 def few_step_scores(model, config, encoders, per_family, seed=1):

@@ -1,4 +1,4 @@
-"""What a run folder holds, and how its files are written and read (common/run.py fills it).
+"""What a run folder holds, and how its files are written and read.
 
     runs/NAME/
         model.safetensors     EMA weights of the student, all that sampling needs beside config.json

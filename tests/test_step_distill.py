@@ -17,7 +17,6 @@ import distill
 import flow
 import step_distill
 import train_fm
-from common import run
 from common.checkpoint import load_student
 from common.encoders import FrozenEncoders
 from data import open_data
@@ -414,14 +413,14 @@ def test_a_run_knows_how_it_wants_to_be_sampled(finished):
 
 def test_resumed_is_bit_for_bit_the_same(finished, home):
     arguments = [*SMALL, "--steps", "4", "--save-every", "2", "--out", str(home / "runs" / "resumed")]
-    save = run.save_state
+    save = step_distill.save_state
 
     def save_and_stop(*args, **networks):
         save(*args, **networks)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "save_state", save_and_stop)
+        patch.setattr(step_distill, "save_state", save_and_stop)
         step_distill.main(arguments)
     with pytest.raises(SystemExit, match="--losses was adv"):
         step_distill.main([*arguments, "--resume", "--losses", "adv"])
