@@ -1,10 +1,10 @@
 """What a student's captions are read by, as far as a phone can have it: the two CLIPs, and a constant in Gemma's place.
 
 Training drops each text encoder by itself (common.training.noisy_batch): a dropped encoder reads the empty
-caption. Of the empty caption
-Gemma has one real token, its <bos>, and the rest is padding that nobody attends to. So a student that was trained with Gemma is
-exported without it (--gemma none) by putting the state of that token behind CLIP's, the same for all captions: exactly what the
-student saw whenever Gemma was dropped. Gemma itself is read once, at export.
+caption. Of the empty caption Gemma has one real token, its <bos>, and the rest is padding that nobody
+attends to. So a student that was trained with Gemma is exported without it (--gemma none) by putting the
+state of that token behind CLIP's, the same for all captions: exactly what the student saw whenever Gemma
+was dropped. Gemma itself is read once, at export.
 """
 
 import json

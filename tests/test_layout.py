@@ -71,7 +71,8 @@ def test_no_circle():
 def test_no_stage_builds_on_a_hidden_loop():
     """Each stage has its own: optimizers step, gradients flow and states are saved in view."""
     for stage in ("train_fm", "distill", "step_distill", "decoder"):
-        (train,) = (n for n in ast.parse((ROOT / f"{stage}.py").read_text(encoding="utf-8")).body if getattr(n, "name", "") == "train")
+        tree = ast.parse((ROOT / f"{stage}.py").read_text(encoding="utf-8"))
+        (train,) = (node for node in tree.body if getattr(node, "name", "") == "train")
         calls = {ast.unparse(n.func).split(".")[-1] for n in ast.walk(train) if isinstance(n, ast.Call)}
         assert {"backward", "step", "clip_gradients", "update_ema", "save_state", "load_state", "learning_rate"} <= calls, stage
 

@@ -17,6 +17,7 @@ import distill
 import flow
 import step_distill
 import train_fm
+from common import training
 from common.checkpoint import load_student
 from common.encoders import FrozenEncoders
 from data import open_data
@@ -364,7 +365,7 @@ def test_compiled_or_computed_twice_a_step_is_the_same(stage, parts, how, monkey
 
 def test_every_stage_trains_in_the_half_precision_of_a_gpu(home, monkeypatch):
     """bfloat16 autocast, --accumulate and --checkpointing together, here on the CPU."""
-    for module in (train_fm, distill):
+    for module in (training, distill):
         monkeypatch.setattr(module, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
     for module in (train_fm, distill, step_distill):
         out = f"runs/half-{module.__name__}"
