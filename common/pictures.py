@@ -11,23 +11,23 @@ CACHE = "runs/cache"  # what was found out or encoded once, and is read again by
 PICTURE_ENDINGS = (
     ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif",
 )  # fmt: skip
-OTHER_ENDINGS = (".heic", ".heif", ".jxl", ".psd", ".svg", ".raw", ".dng")  # pictures that Pillow does not read
+OTHER_ENDINGS = (".heic", ".heif", ".jxl", ".psd", ".svg", ".raw", ".dng")  # which Pillow does not read
 
 
 def open_picture(path, size=None):
-    """A picture file (its path, or an open file) as RGB (PIL) in sRGB, whatever it holds; with `size`, scaled and
-    centre-cropped to (size, size).
+    """A picture file (its path, or an open file) as RGB (PIL) in sRGB, whatever it holds; with `size`, scaled
+    and centre-cropped to (size, size).
 
-    Colors are converted from the file's ICC profile; transparency is laid on white, the first frame of an animation
-    is taken, 16-bit greyscale is scaled to 8 bits, CMYK, palettes and greyscale are converted. Raises OSError (or one
-    of its kind) when the file is corrupt or truncated.
+    Colors are converted from the file's ICC profile; transparency is laid on white, the first frame of an
+    animation is taken, 16-bit greyscale is scaled to 8 bits, CMYK, palettes and greyscale are converted.
+    Raises OSError (or one of its kind) when the file is corrupt or truncated.
     """
     try:
         with Image.open(path) as picture:
             picture.load()
             profile = picture.info.get("icc_profile")
             picture = ImageOps.exif_transpose(picture)  # phones write the pixels lying down and say so
-            if picture.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel: Pillow's own conversion would clip
+            if picture.mode.startswith(("I", "F")):  # 16 or 32 bits: Pillow's conversion would clip
                 values = np.asarray(picture, dtype=np.float32)
                 wide = picture.mode.startswith("I;16") or values.max() > 255
                 top = 65535.0 if wide else 255.0 if values.max() > 1 else 1.0
@@ -45,8 +45,8 @@ def open_picture(path, size=None):
 
 
 def to_srgb(picture, profile):
-    """The picture with its colors converted from an ICC profile (bytes or None) to sRGB; as it is where the profile is
-    sRGB already, belongs to another kind of picture, or is damaged: so do viewers."""
+    """The picture with its colors converted from an ICC profile (bytes or None) to sRGB; as it is where the
+    profile is sRGB already, belongs to another kind of picture, or is damaged: so do viewers."""
     if not profile:
         return picture
     if picture.mode == "P":

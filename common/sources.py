@@ -1,8 +1,10 @@
-"""Pictures with captions as people have them: a folder, ImageNet's folder, WebDataset's .tar files, a data set of the hub.
+"""Pictures with captions as people have them: a folder, ImageNet's folder, WebDataset's .tar files, a data
+set of the hub.
 
-Each becomes a table of rows (datasets.Dataset), one for each file that was found: its name, its captions, where its
-bytes are, and the reason if it is left out. So whatever is not taken is counted and named. Hugging Face's own builders
-for folders and .tar files are not enough here: see docs/own_pictures.md, "Why the reading is ours".
+Each becomes a table of rows (datasets.Dataset), one for each file that was found: its name, its captions,
+where its bytes are, and the reason if it is left out. So whatever is not taken is counted and named. Hugging
+Face's own builders for folders and .tar files are not enough here: see docs/own_pictures.md, "Why the reading
+is ours".
 """
 
 import collections
@@ -38,12 +40,13 @@ UNREADABLE, MAC, NO_PICTURE = "unreadable", "side files of a Mac", "no picture b
 ALONE, SMALL, LONG = "captions without a picture", "too small", "too long or wide"
 CUT, NO_TAR = "cut off with the end of a .tar (fetch it again)", "no .tar, or a compressed one (unpack it)"
 ROWS = Features({"name": Value("string"), "captions": List(Value("string")), "reason": Value("string"),
-                 "file": Value("binary"), "offset": Value("int64"), "size": Value("int64"), "changed": Value("int64")})
+                 "file": Value("binary"), **dict.fromkeys(("offset", "size", "changed"), Value("int64"))})
 
 
 class Row(NamedTuple):
-    """A file that was found. `file` is a path, as bytes: a name need not be UTF-8; of a file within a .tar the .tar's,
-    with the offset and size of its bytes there. `changed`: time of last change, ns. `reason`: why it is left out."""
+    """A file that was found. `file` is a path, as bytes: a name need not be UTF-8; of a file within a .tar
+    the .tar's, with the offset and size of its bytes there. `changed`: time of last change, ns. `reason`: why
+    it is left out."""
 
     name: str
     captions: list = []
@@ -65,18 +68,24 @@ def read_bytes(file, offset, size):
 
 def table(rows):
     """[Row, ...] -> datasets.Dataset."""
-    columns = zip(*rows, strict=True) if rows else [[] for _ in Row._fields]
-    return Dataset.from_dict(dict(zip(Row._fields, map(list, columns), strict=True)), features=ROWS)
+    return Dataset.from_dict(as_columns(rows), features=ROWS)
+
+
+def as_columns(rows):
+    """[Row, ...] -> {column: list}."""
+    return {name: [getattr(row, name) for row in rows] for name in Row._fields}
 
 
 def fingerprint(rows):
-    """Stands for what a table's files are, wherever they lie: another caption or a touched picture gives another."""
+    """Stands for what a table's files are, wherever they lie: another caption or a touched picture gives
+    another."""
     content = rows.remove_columns(["file"]).to_dict()
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 class LeftOut(collections.Counter):
-    """{reason: how many}, with an example of each. names, reasons: columns, the reason None of what is taken."""
+    """{reason: how many}, with an example of each. names, reasons: columns, the reason None of what is
+    taken."""
 
     def __init__(self, names, reasons):
         names, reasons = (column.filter(reasons.is_valid()).to_pylist() for column in (names, reasons))
@@ -93,14 +102,17 @@ class LeftOut(collections.Counter):
 
 
 def pair(files, captioned=True, named=None):
-    """Found files -> rows with captions, or with the reason why a file is left out; captions that are taken vanish.
+    """Found files -> rows with captions, or with the reason why a file is left out; captions that are taken
+    vanish.
 
-    A picture's caption is the .txt (or .caption) or the .json of the same name up to the last dot, or else up to the
-    first, webdataset's rule: 000.input.jpg may stand beside 000.txt. It belongs to one picture, the first.
+    A picture's caption is the .txt (or .caption) or the .json of the same name up to the last dot, or else up
+    to the first, webdataset's rule: 000.input.jpg may stand beside 000.txt. It belongs to one picture, the
+    first.
 
     Args:
-        files: Rows without captions; those with a reason stay as they are. captioned: False: pictures need none.
-        named: {name: ([caption, ...], reason)} of a metadata file, in whose place no other captions count.
+        files: Rows without captions; those with a reason stay as they are. captioned: False: pictures need
+        none. named: {name: ([caption, ...], reason)} of a metadata file, in whose place no other captions
+        count.
     """
     rows, pictures, notes, of_stem, used = [], [], [], {}, set()
     for file in files:
@@ -145,8 +157,10 @@ def pair(files, captioned=True, named=None):
         else:
             captions, reason = beside(stems)
         rows.append(file._replace(captions=captions, reason=reason))
-    alone = [text for number, text in enumerate(notes) if number not in used] if captioned and not named else []
-    return rows + [text._replace(reason=NO_PICTURE if text.name.endswith(".json") else ALONE) for text in alone]
+    for number, text in enumerate(notes):
+        if captioned and not named and number not in used:
+            rows.append(text._replace(reason=NO_PICTURE if text.name.endswith(".json") else ALONE))
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -176,7 +190,8 @@ def found(path, folder):
 
 
 def list_folder(folder, captioned=True):
-    """The rows of a folder: x.png beside x.txt (x.caption, x.json), or named in a metadata.jsonl or metadata.csv.
+    """The rows of a folder: x.png beside x.txt (x.caption, x.json), or named in a metadata.jsonl or
+    metadata.csv.
 
     captioned=False takes every picture, and leaves out the captions: a decoder needs none.
     """
@@ -187,14 +202,16 @@ def list_folder(folder, captioned=True):
                 if name is None:
                     lines.append(Row(f"{file.name}, line {number}", reason=reason))
                 else:
-                    named[posixpath.normpath(posixpath.join(posixpath.dirname(file.name), name))] = captions, reason
+                    path = posixpath.join(posixpath.dirname(file.name), name)
+                    named[posixpath.normpath(path)] = captions, reason
     there = {file.name for file in files}  # a metadata file may name what lies elsewhere, or nowhere
     files += [found(os.path.join(folder, name), folder) for name in named if name not in there]
     return lines + pair(files, captioned, named)
 
 
 def read_metadata(path):
-    """(line, file name, [caption, ...], reason) of every line of a metadata.jsonl or metadata.csv (file_name, text)."""
+    """(line, file name, [caption, ...], reason) of every line of a metadata.jsonl or metadata.csv (file_name,
+    text)."""
     text = texts.read_text(path)
     if path.endswith(".csv"):
         numbered = enumerate(csv.DictReader(io.StringIO(text, newline="")), 2)
@@ -220,8 +237,8 @@ def read_metadata(path):
 
 
 def list_tar(path):
-    """The rows of a .tar; where its files lie in it does not matter. Of several joined by `cat` each is looked through
-    by itself, since names may come again."""
+    """The rows of a .tar; where its files lie in it does not matter. Of several joined by `cat` each is
+    looked through by itself, since names may come again."""
     archives, reason = archives_in(path)
     size, rows = os.path.getsize(path), []
     for members in archives:
@@ -245,7 +262,7 @@ def archives_in(path):
             start = file.seek(archive.offset)
             while (block := file.read(512)) and not any(block):
                 start += 512
-            if start == archive.offset:  # blocks of zeros end a whole one; tarfile takes what is left for the whole
+            if start == archive.offset:  # no block of zeros: tarfile takes what is left for the whole
                 return archives, CUT
     return archives, None if archives else CUT
 
@@ -261,7 +278,7 @@ def inside(path, member, of_name, size):
         return Row(name, reason="links to a file that is not there, or no plain files")
     if member.offset_data + member.size > size:
         return Row(name, reason=CUT)
-    return Row(name, [], None, os.fsencode(os.path.abspath(path)), member.offset_data, member.size, int(member.mtime))
+    return Row(name, [], None, os.fsencode(os.path.abspath(path)), member.offset_data, member.size)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -271,19 +288,21 @@ def inside(path, member, of_name, size):
 def find_synsets(folder):
     """The class folders n01440764, ... of ILSVRC's training pictures; None if there are none."""
     for inner in ("ILSVRC/Data/CLS-LOC/train", "Data/CLS-LOC/train", "train", "."):
-        synsets = sorted(p for p in (folder / inner).glob("n*") if re.fullmatch(r"n\d{8}", p.name) and p.is_dir())
-        if synsets:
+        synsets = [p for p in sorted((folder / inner).glob("n*")) if re.fullmatch(r"n\d{8}", p.name)]
+        if synsets and all(p.is_dir() for p in synsets):
             return synsets
     return None
 
 
 def list_imagenet(folder):
-    """The rows of ILSVRC's training pictures, "a photo of <class>". Raises SystemExit where classes have no names."""
+    """The rows of ILSVRC's training pictures, "a photo of <class>". Raises SystemExit where classes have no
+    names."""
     synsets = find_synsets(folder)
     lists = [folder / name for name in ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt")]
     found = next((path for path in lists if path.is_file()), None)
     if found is None:
-        raise SystemExit(f"{folder} holds ImageNet's classes but not their names: put LOC_synset_mapping.txt there.")
+        problem = f"{folder} holds ImageNet's classes but not their names: put LOC_synset_mapping.txt there."
+        raise SystemExit(problem)
     names = texts.class_names(line for line in texts.lines_of(texts.read_text(found)) if line.strip())
     unnamed = [p.name for p in synsets if p.name not in names]
     if unnamed:
@@ -297,20 +316,20 @@ def list_imagenet(folder):
 
 
 def open_hub(source):
-    """A data set of the hub ("owner/name", or a folder of its .parquet files): (datasets.Dataset, columns of the
-    pictures and of the captions). Raises SystemExit with one sentence."""
+    """A data set of the hub ("owner/name", or a folder of its .parquet files): (datasets.Dataset, columns of
+    the pictures and of the captions). Raises SystemExit with one sentence."""
     files = sorted(glob.glob(f"{glob.escape(source)}/**/*.parquet", recursive=True))
+    how = {"path": "parquet", "data_files": files} if files else {"path": source}
     try:
-        data = datasets.load_dataset("parquet", data_files=files, split="train") if files else datasets.load_dataset(
-            source, split="train")  # fmt: skip
+        data = datasets.load_dataset(**how, split="train")
     except Exception as error:  # no network, no such data set, damaged files: each library below has its own
-        why = texts.lines_of(str(error))[0]
-        raise SystemExit(f"{source} is no folder, no .tar, and cannot be read as a data set of the hub: {why}") from error
+        problem = f"{source} is no folder, no .tar, and cannot be read as a data set of the hub"
+        raise SystemExit(f"{problem}: {texts.lines_of(str(error))[0]}") from error
     pictures = [name for name, kind in data.features.items() if isinstance(kind, datasets.Image)]
     captions = [name for name in TEXT_KEYS if name in data.features]
     if not pictures or not captions:
-        raise SystemExit(f"{source} has the columns {', '.join(data.features)}: it needs one of pictures, and one of "
-                         f"captions that is called {', '.join(TEXT_KEYS)}.")  # fmt: skip
+        raise SystemExit(f"{source} has the columns {', '.join(data.features)}: it needs one of pictures, "
+                         f"and one of captions that is called {', '.join(TEXT_KEYS)}.")  # fmt: skip
     return data.cast_column(pictures[0], datasets.Image(decode=False)), pictures[0], captions[0]
 
 
@@ -319,7 +338,8 @@ def open_hub(source):
 
 
 def expand_braces(pattern):
-    """ "a/{000..002}.tar" -> the three names; "a/*.tar" -> what is there; "a/1.tar" -> itself. [] for anything else."""
+    """ "a/{000..002}.tar" -> the three names; "a/*.tar" -> what is there; "a/1.tar" -> itself. [] for
+    anything else."""
     match = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*\.tar)", pattern)
     if match:
         head, first, last, tail = match.groups()
@@ -328,8 +348,8 @@ def expand_braces(pattern):
 
 
 def kind_of(source):
-    """("webdataset", its .tar files), ("imagenet", None), ("hub", None) or ("folder", None). Raises SystemExit if nothing
-    is there."""
+    """("webdataset", its .tar files), ("imagenet", None), ("hub", None) or ("folder", None). Raises
+    SystemExit if nothing is there."""
     folder = Path(source)
     tars = sorted(str(p) for p in folder.glob("*.tar")) if folder.is_dir() else expand_braces(source)
     if tars:
@@ -338,15 +358,17 @@ def kind_of(source):
             raise SystemExit(f"{len(missing)} of {len(tars)} .tar files are not there, such as {missing[0]}.")
         return "webdataset", tars
     if folder.is_dir():
-        return ("imagenet" if find_synsets(folder) else "hub" if any(folder.rglob("*.parquet")) else "folder"), None
+        kind = "hub" if any(folder.rglob("*.parquet")) else "folder"
+        return ("imagenet" if find_synsets(folder) else kind), None
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not folder.parent.is_dir():
         return "hub", None
-    raise SystemExit(f"no such folder: {source}. Give a folder of captioned pictures, ImageNet's, .tar files, or a data "
-                     "set of the hub, owner/name.")  # fmt: skip
+    raise SystemExit(f"no such folder: {source}. Give a folder of captioned pictures, ImageNet's, "
+                     ".tar files, or a data set of the hub, owner/name.")  # fmt: skip
 
 
 class Source(NamedTuple):
-    """Pictures with captions. kind: see kind_of; rows: a table of Row; name: stands for the content; hub: see open_hub."""
+    """Pictures with captions. kind: see kind_of; rows: a table of Row; name: stands for the content; hub: see
+    open_hub."""
 
     kind: str
     rows: Dataset
@@ -354,7 +376,8 @@ class Source(NamedTuple):
     hub: tuple | None = None
 
     def load(self, row, number, crop):
-        """(name, [caption, ...], picture cut by `crop` or the reason why it is left out) of a row, {column: value}."""
+        """(name, [caption, ...], picture cut by `crop` or the reason why it is left out) of a row, {column:
+        value}."""
         return row["name"], row["captions"], row["reason"] or self.open(row, number, crop)
 
     def open(self, row, number, crop):
@@ -372,9 +395,9 @@ class Source(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """How a square is cut out of a picture: the largest one, from the middle or (how="random") anywhere, scaled to
-    (side, side). A picture with a side of fewer than min_side pixels, or longer than max_aspect times its width, is
-    left out."""
+    """How a square is cut out of a picture: the largest one, from the middle or (how="random") anywhere,
+    scaled to (side, side). A picture with a side of fewer than min_side pixels, or longer than max_aspect
+    times its width, is left out."""
 
     side: int
     how: str = "center"
@@ -383,14 +406,16 @@ class Crop(NamedTuple):
     seed: int = 0
 
     def cut(self, picture, number):
-        """The square (PIL), or the reason why there is none. `number` of the row: random places follow from it."""
+        """The square (PIL), or the reason why there is none. `number` of the row: random places follow from
+        it."""
         short, long = sorted(picture.size)
         if short < self.min_side:
             return SMALL
         if long > self.max_aspect * short:
             return LONG
-        places = torch.rand(2, generator=rng(self.seed, number)).tolist() if self.how == "random" else (0.5, 0.5)
-        return cut_square(picture, self.side, *places)
+        if self.how == "center":
+            return cut_square(picture, self.side)
+        return cut_square(picture, self.side, *torch.rand(2, generator=rng(self.seed, number)).tolist())
 
 
 def open_source(source, keep=None):
@@ -400,12 +425,11 @@ def open_source(source, keep=None):
         stamps = [[os.path.basename(tar), os.path.getsize(tar), os.stat(tar).st_mtime_ns] for tar in tars]
 
         def list_one(columns, numbers):
-            rows = [row for tar in columns["tar"] for row in list_tar(tar)]
-            return {name: list(values) for name, values in zip(Row._fields, zip(*rows, strict=True), strict=False)}
+            return as_columns([row for tar in columns["tar"] for row in list_tar(tar)])
 
         files = Dataset.from_dict({"tar": tars})
         stamp = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]
-        rows = tables.map_in_parts(files, list_one, ROWS, keep, f"source-{stamp}", per_part=1, batch=1, unit="files")
+        rows = tables.map_in_parts(files, list_one, ROWS, keep, f"source-{stamp}", per_part=1, batch=1)
         return Source(kind, rows.with_format(None), stamp)
     if kind == "hub":
         data, pictures, captions = open_hub(source)
@@ -422,11 +446,12 @@ def open_source(source, keep=None):
 
 
 class CaptionedFolder:
-    """A sequence of (picture, caption) from a folder. What is left out is counted, with reasons and examples, in one
-    warning: each picture is decoded once to see whether it can be read.
+    """A sequence of (picture, caption) from a folder. What is left out is counted, with reasons and examples,
+    in one warning: each picture is decoded once to see whether it can be read.
 
     Args:
-        folder: pictures and captions, see list_folder. size: pictures are scaled and cropped to (size, size); None: they
+        folder: pictures and captions, see list_folder. size: pictures are scaled and cropped to (size, size);
+        None: they
             stay as they are. captioned: False takes every picture, captions or not.
         cache: where to remember what can be read; None: nowhere.
 
@@ -445,20 +470,22 @@ class CaptionedFolder:
 
         if cache and len(rows):
             kept = Path(cache) / f"checked-{fingerprint(rows)}"
-            checked = tables.map_in_parts(rows, check, Features({"reason": Value("string")}), kept, "checked", batch=256)
+            features = Features({"reason": Value("string")})
+            checked = tables.map_in_parts(rows, check, features, kept, "checked", batch=256)
             reasons = tables.column(checked, "reason")
         else:
             reasons = pa.array(check(rows.to_dict(), None)["reason"], pa.string())
         self.left_out = LeftOut(tables.column(rows, "name"), reasons)
-        good = zip(rows["file"], rows["captions"], reasons, strict=True)
-        self.items = [(os.fsdecode(file), captions) for file, captions, reason in good if reason.as_py() is None]
+        found = zip(rows["file"], rows["captions"], reasons.to_pylist(), strict=True)
+        self.items = [(os.fsdecode(file), captions) for file, captions, reason in found if reason is None]
         if not self.items:
             raise SystemExit(nothing_left(folder, self.left_out, captioned))
         if self.left_out.keys() - {NO_PICTURE}:
             warnings.warn(f"{folder}: {len(self)} pictures; left out: {self.left_out}", stacklevel=2)
 
     def split(self, every=20):
-        """(training part, validation part): every 20th picture is held out; with fewer, both parts are everything."""
+        """(training part, validation part): every 20th picture is held out; with fewer, both parts are
+        everything."""
         if len(self) < every:
             return self, self
         parts = copy.copy(self), copy.copy(self)
@@ -488,7 +515,8 @@ def why_not(file, reason):
 def nothing_left(source, left_out, captioned=True):
     """The sentence when no picture can be used."""
     if not captioned:
-        return f"no pictures in {source}: it needs files that end in {', '.join(PICTURE_ENDINGS)}. Left out: {left_out}."
+        endings = ", ".join(PICTURE_ENDINGS)
+        return f"no pictures in {source}: it needs files that end in {endings}. Left out: {left_out}."
     if SMALL in left_out or LONG in left_out:
         return f"no picture of {source} is left: look at --min-side and --max-aspect. Left out: {left_out}."
     return (f"no captioned pictures in {source}: put x.txt beside each x.png, or a metadata.jsonl with one "

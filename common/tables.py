@@ -1,9 +1,12 @@
-"""Tables on the disk (Hugging Face datasets, Arrow files): made in parts that survive a kill, read without memory.
+"""Tables on the disk (Hugging Face datasets, Arrow files): made in parts that survive a kill, read without
+memory.
 
-    rows -> function, a batch at a time -> NAME-00000.arrow, NAME-00001.arrow, ... -> one memory-mapped Dataset
+    rows -> function, a batch at a time -> NAME-00000.arrow, NAME-00001.arrow, ... -> one memory-mapped
+    Dataset
 
-A part is written beside its place and renamed, so what is there is whole: stop at any moment, and the same call goes on
-with the parts that are missing. Under torchrun every rank makes other parts, and all of them read the result.
+A part is written beside its place and renamed, so what is there is whole: stop at any moment, and the same
+call goes on with the parts that are missing. Under torchrun every rank makes other parts, and all of them
+read the result.
 """
 
 import functools
@@ -23,11 +26,12 @@ END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream: a file that was cut lac
 RECORD = 1 << 25  # bytes of a record batch, of which a file is made; a million small ones would open slowly
 
 
-def map_in_parts(rows, function, features, folder, name, per_part=4096, batch=64, row_bytes=1 << 12, unit="pictures"):
+def map_in_parts(rows, function, features, folder, name, per_part=4096, batch=64, row_bytes=1 << 12):
     """A Dataset of what function(columns, numbers) makes of the rows, kept in the folder.
 
     Args:
-        function: takes {column: list} of up to `batch` rows, and their numbers; returns {column: list}. It is not
+        function: takes {column: list} of up to `batch` rows, and their numbers; returns {column: list}. It is
+        not
             called for parts that are there.
         per_part: so many rows make a file. row_bytes: about so much is kept of a row.
     """
@@ -42,7 +46,7 @@ def map_in_parts(rows, function, features, folder, name, per_part=4096, batch=64
             if time.time() - left.stat().st_mtime > 24 * 3600:
                 left.unlink()
     mine = missing[parallel.rank() :: parallel.world()]
-    bar = tqdm(total=sum(min(per_part, len(rows) - k * per_part) for k in mine), unit=f" {unit}", mininterval=1,
+    bar = tqdm(total=sum(min(per_part, len(rows) - k * per_part) for k in mine), unit=" rows", mininterval=1,
                desc=name, disable=None if parallel.rank() == 0 and mine else True)  # fmt: skip
     record = max(1, RECORD // row_bytes // batch) * batch
     for k in mine:
@@ -66,8 +70,8 @@ def map_in_parts(rows, function, features, folder, name, per_part=4096, batch=64
 
 
 def save_map(rows, function, features, record, path):
-    """rows.map(function) as the file `path`, with a fingerprint that is given: datasets would find one by pickling the
-    function, and the networks with it."""
+    """rows.map(function) as the file `path`, with a fingerprint that is given: datasets would find one by
+    pickling the function, and the networks with it."""
     rows.map(function, with_indices=True, batched=True, batch_size=record, features=features,
              remove_columns=rows.column_names, cache_file_name=str(path), load_from_cache_file=False,
              new_fingerprint=path.stem.strip("."))  # fmt: skip
@@ -83,7 +87,8 @@ def is_whole(path):
 
 
 def open_tables(paths):
-    """The rows of Arrow files, one after the other, memory-mapped. Raises SystemExit when one is missing or damaged."""
+    """The rows of Arrow files, one after the other, memory-mapped. Raises SystemExit when one is missing or
+    damaged."""
     parts = []
     for path in paths:
         try:
@@ -91,7 +96,8 @@ def open_tables(paths):
                 raise OSError("it is missing, or its end is")
             parts.append(Dataset.from_file(str(path)))
         except (OSError, ValueError) as error:
-            raise SystemExit(f"{path} is damaged ({error}): delete it and start again, which makes it alone.") from error
+            problem = f"{path} is damaged ({error}): delete it and start again, which makes it alone."
+            raise SystemExit(problem) from error
     return concatenate_datasets(parts).with_format("arrow")
 
 
