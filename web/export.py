@@ -175,14 +175,14 @@ def picture_decibels(expected, found):
 # The folder
 
 
-def describe(args, unet, decoder, config, side):
+def describe(folder, unet, decoder, config, side):
     """What student.json says: all that the page has to know about this student."""
     sampling = config["sampling"]
     own = config.get("settings", {}).get("data")  # a student of somebody's own pictures: their words are not the world's
     captions = [] if own else prompts_of("train", 500, 0)
     words = {word for caption in captions for word in re.findall(r"[^\W\d_]+", caption.lower())}
     sizes = [sum(p.numel() for p in network.parameters()) / 1e6 for network in (unet, decoder)]
-    about = (f"The student: {args.model}, a UNet of {sizes[0]:.1f} M parameters and a decoder of {sizes[1]:.2f} M, for "
+    about = (f"The student: {folder}, a UNet of {sizes[0]:.1f} M parameters and a decoder of {sizes[1]:.2f} M, for "
              f"{side}x{side} latents and pictures of {8 * side} pixels. The paper's: 379 M and 1.38 M, for 128x128 latents and "
              "1024 pixels, by Core ML on a phone's neural engine.")  # fmt: skip
     return {
@@ -225,18 +225,19 @@ def check_size(files, parameters):
         print(f"{sizes}more than the {MOST_BYTES / 1e6:.0f} MB that a phone is to be sent: {unet} does not fit")
 
 
-def export(args):
-    (unet, config), (decoder, decoder_config) = load_student(args.model), load_decoder(args.decoder)
-    encoders, *_ = open_encoders(args, unet.cfg, config)
+def export(model_folder, decoder_folder, out, teacher=None, latent=None, drop_gemma=None):
+    """Everything into the folder `out`, or a SystemExit and nothing. See parse_arguments() for the others."""
+    (unet, config), (decoder, decoder_config) = load_student(model_folder), load_decoder(decoder_folder)
+    encoders, *_ = open_encoders(config, unet.cfg.text_dim, model_folder, teacher, drop_gemma)
     check_encoders(config, encoders), check_encoders(decoder_config, encoders)
-    side, step = args.latent or config["latent_size"][0], 2 ** (len(unet.cfg.channels) - 1)
+    side, step = latent or config["latent_size"][0], 2 ** (len(unet.cfg.channels) - 1)
     if side % step:
         raise SystemExit(f"--latent must be a multiple of {step}, not {side}.")
-    if args.out.exists() and any(args.out.iterdir()) and not (args.out / "student.json").is_file():
-        raise SystemExit(f"{args.out} holds other files, which would be lost: give another --out.")
+    if out.exists() and any(out.iterdir()) and not (out / "student.json").is_file():
+        raise SystemExit(f"{out} holds other files, which would be lost: give another --out.")
     if not (RUNTIME / "package.json").is_file():
         raise SystemExit("onnxruntime-web is not installed: npm ci --prefix web")
-    about = describe(args, unet, decoder, config, side)
+    about = describe(model_folder, unet, decoder, config, side)
     torch.set_num_threads(1)  # as a page has
     networks = make_networks(unet, decoder, encoders, getattr(encoders.gemma, "states", None), side)
     models, report = {}, {}
@@ -256,8 +257,8 @@ def export(args):
     if not whole >= PICTURE_BAR:
         raise SystemExit(f"a whole picture is {whole:.1f} dB from sample.py's (at least {PICTURE_BAR}), and was not written.")
 
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".") as scratch:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".") as scratch:
         new = Path(scratch) / "web"
         (new / "ort").mkdir(parents=True)
         version, packed = copy_page(new)
@@ -271,12 +272,12 @@ def export(args):
             "packed": {backend: some + sent for backend, some in packed.items()}, "machine": describe_machine(torch.device("cpu")),
         }  # fmt: skip
         save_json(about, new / "student.json")
-        if args.out.exists():
-            args.out.rename(Path(scratch) / "old")
-        new.rename(args.out)
+        if out.exists():
+            out.rename(Path(scratch) / "old")
+        new.rename(out)
     print(f"a whole picture: {whole:.1f} dB of sample.py's. Sent to a browser: "
           + ", ".join(f"{size / 1e6:.1f} MB with {backend}" for backend, size in about["packed"].items()))
-    print(f"wrote {args.out}/: put it on any static host, or look at it here: python -m web.export --serve 8000")
+    print(f"wrote {out}/: put it on any static host, or look at it here: python -m web.export --serve 8000")
 
 
 def read_tokenizer(tokenizer):
@@ -368,9 +369,8 @@ def parse_arguments(argv=None):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    args.parts = ("text_encoder", "unet", "decoder")
-    args.model, args.decoder = args.model or latest("step_distill"), args.decoder or latest("decoder")
-    export(args)
+    model, decoder = args.model or latest("step_distill"), args.decoder or latest("decoder")
+    export(model, decoder, args.out, args.teacher, args.latent, args.gemma)
     if args.serve is not None:
         serve(args.out, args.serve)
 
