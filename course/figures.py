@@ -495,6 +495,7 @@ DRAWINGS = {"unet": draw_unet, "ladder": draw_ladder, "flow": draw_flow, "decode
 ZOO_FM = "python train_fm.py --pictures 60000 --steps 12000 --compile --out runs/zoo_fm"
 # Figures that are measured or drawn by a network: {file in assets/readme: (the command that makes it, the file that it leaves)}.
 MEASURED = {
+    "things.png": ("python data.py --things --out things.png", "things.png"),
     "zoo_fm.png": ("make demo", "runs/demo/zoo.png"),
     "progress.png": (ZOO_FM, "runs/zoo_fm/samples/progress.png"),
     "loss.png": (ZOO_FM, "runs/zoo_fm/loss.png"),
