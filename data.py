@@ -43,7 +43,6 @@ from common.pictures import CACHE, to_tensor
 from common.shapes import SPLITS, ShapesWorld
 from common.tables import column, map_in_parts
 from common.world import ThingsWorld, poses_of
-from model import PRESETS
 
 PER_PART = 4096  # pictures, or captions, in a file: what a kill undoes at most
 
@@ -151,9 +150,6 @@ def open_data(folder, encoders, resolution=64, pictures=20_000, text_dim=None):
     pixels; pictures, how many of the world; text_dim, how wide the UNet takes its text states. Raises
     SystemExit with one sentence when the folder cannot be read.
     """
-    if hasattr(folder, "data"):  # a stage's flags
-        flags, text_dim = folder, PRESETS[folder.size].text_dim
-        folder, resolution, pictures = flags.data, flags.resolution, flags.pictures
     if not folder:
         worlds = ShapesWorld("train", 0, pictures), ShapesWorld("val", 0, 256)
         parts = [encode_dataset(world, encoders) for world in worlds]
@@ -186,8 +182,7 @@ PROMPTS = (
 
 def sample_prompts(folder, data):
     """Eight captions to draw while training: PROMPTS, or some of the folder's own."""
-    own = getattr(folder, "data", folder)
-    return [data.caption_of(i * len(data) // 8) for i in range(8)] if own else list(PROMPTS)
+    return [data.caption_of(i * len(data) // 8) for i in range(8)] if folder else list(PROMPTS)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -244,7 +239,8 @@ def parse_encode(argv=None):
     return p.parse_args(argv)
 
 
-def encode_source(args):
+def encode_source(argv):
+    args = parse_encode(argv)
     device = pick_device(args.device)
     encoders = FrozenEncoders(args.teacher, device, half(device), gemma=args.gemma)
     if args.resolution % (4 * encoders.factor):
@@ -260,7 +256,7 @@ def encode_source(args):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["encode"]:
-        encode_source(parse_encode(argv[1:]))
+        encode_source(argv[1:])
     else:
         draw_sheet(argv)
 

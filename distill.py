@@ -240,8 +240,8 @@ def train(args):
     gemma = trained.get("gemma")
     encoders = FrozenEncoders(args.teacher, device, torch.float32 if args.size == "tiny" else half(device), gemma)
     check_encoders(trained, encoders)
-    data, val = open_data(args, encoders)
-    prompts, shift = sample_prompts(args, data), training.timestep_shift(args.size, args.resolution)
+    data, val = open_data(args.data, encoders, args.resolution, args.pictures, student.cfg.text_dim)
+    prompts, shift = sample_prompts(args.data, data), training.timestep_shift(args.size, args.resolution)
 
     # ---- the teacher, and the projection head phi from the student's features to its own
     teacher = projector = feature = None

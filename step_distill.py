@@ -271,8 +271,8 @@ def train(args):
     gemma = trained.get("gemma")
     encoders = FrozenEncoders(args.teacher, device, torch.float32 if args.size == "tiny" else half(device), gemma)
     check_encoders(trained, encoders)
-    data, _ = open_data(args, encoders)
-    prompts, shift = sample_prompts(args, data), timestep_shift(args.size, args.resolution)
+    data, _ = open_data(args.data, encoders, args.resolution, args.pictures, student.cfg.text_dim)
+    prompts, shift = sample_prompts(args.data, data), timestep_shift(args.size, args.resolution)
     times = flow.sampling_timesteps(args.for_steps, shift)[:-1]  # t in {1, 0.75, 0.5, 0.25} before the shift [A]
 
     # ---- the teacher. D looks through the few-step one if there is one, else through the many-step one [A].

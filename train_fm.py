@@ -122,8 +122,8 @@ def train(args):
     if encoders.latent_channels != cfg.latent_channels:
         raise SystemExit(f"the autoencoder of {args.teacher} has {encoders.latent_channels} latent channels, the UNet "
                          f"{cfg.latent_channels}: give --teacher an SD3 folder.")  # fmt: skip
-    data, val = open_data(args, encoders)
-    prompts, shift = sample_prompts(args, data), training.timestep_shift(args.size, args.resolution)
+    data, val = open_data(args.data, encoders, args.resolution, args.pictures, cfg.text_dim)
+    prompts, shift = sample_prompts(args.data, data), training.timestep_shift(args.size, args.resolution)
 
     # ---- the optimizers; what --resume restores, bit for bit
     optimizers = make_optimizers(model, args.lr, args.optimizer)

@@ -282,8 +282,8 @@ def agreement(args, name):
 
     @torch.no_grad()
     def measure():
-        device, flags = args.device, distill.parse_arguments(["--pictures", "256", "--device", str(args.device)])
-        data, _ = open_data(flags, encoders(device))
+        device = args.device
+        data, _ = open_data(None, encoders(device), pictures=256)
         teacher, sums = Teacher(TOY, data, device), torch.zeros(BINS, 3, device=device)
         for step in range(4):
             batch = move(noisy_batch(data, 0, step, 64, shift=1.0, caption_dropout=0.0), device)
@@ -333,7 +333,7 @@ def step_distill_target(args, count=32):
     times = flow.sampling_timesteps(flags.for_steps, shift)
     teacher, noise = Teacher(TOY, text, device), noise_for(PROMPTS, 0, config, frozen)
     ids = torch.tensor([text.captions.index(prompt) for prompt in PROMPTS])
-    data, _ = open_data(flags, frozen)
+    data, _ = open_data(None, frozen, pictures=256, text_dim=network.cfg.text_dim)
     of_data, (x_0, which) = Teacher(TOY, data, device), data.batch(0, 0, count)
     states, mask = data.text(which)
 

@@ -53,7 +53,7 @@ def plot_scaling(args):
     """scaling.png: a_t, and a student's L_task and L_kd over t, raw and as S weighs them (the paper's Fig. 6 in small)."""
     ((model, _),), encoders = load_students([args.plot_scaling], args)
     device = encoders.device
-    _, val = open_data(args, encoders)
+    _, val = open_data(args.data, encoders, args.resolution, args.pictures, model.cfg.text_dim)
     teacher = Teacher(args.teacher, val, device, half(device))
     times, rows = torch.linspace(0.025, 0.975, 20), []
     for i, t in enumerate(tqdm(times, desc="measuring", disable=None)):

@@ -198,7 +198,7 @@ def main(argv=None):
         if any(result.get("settings") != settings for result in results.values()):
             raise SystemExit(f"{args.out}/peers.json is of other settings, another commit or machine: give another --out, or "
                              "delete it.")  # fmt: skip
-    data, val = open_data(args, encoders)
+    data, val = open_data(args.data, encoders, args.resolution, args.pictures, PRESETS[args.size].text_dim)
     prompts = prompts_of("val", args.per_family, 0)
     for lr in args.lr:
         for name in args.only:

@@ -10,7 +10,6 @@ is all that the stages below say: silence it, and they are cut off.
 import torch
 from torch import nn
 
-import train_fm
 from common.arguments import Parser, Path, add_device, integer
 from common.checkpoint import load_student, save_json
 from common.device import pick_device
@@ -46,10 +45,8 @@ def measure(folder, args, device):
     """{"val_loss", "parts": {name: {"kind", "parameters", "val_loss"}}} of a student."""
     model, config = load_student(folder, device)
     encoders = FrozenEncoders.of(config, device, args.teacher)
-    flags = ["--size", config["size"], "--resolution", str(encoders.factor * config["latent_size"][0]), "--pictures", "64",
-             "--teacher", str(args.teacher or config["encoders"]), *(["--data", args.data] if args.data else [])]  # fmt: skip
-    flags = train_fm.parse_arguments(flags)
-    val, shift = open_data(flags, encoders)[1], config["sampling"]["shift"]
+    _, val = open_data(args.data, encoders, encoders.factor * config["latent_size"][0], 64, model.cfg.text_dim)
+    shift = config["sampling"]["shift"]
     found = {name: {"kind": kind, "parameters": sum(p.numel() for p in model.get_submodule(name).parameters()),
                     "val_loss": loss_without(model, module, val, shift, device)}
              for name, (kind, module) in parts(model).items()}  # fmt: skip

@@ -153,7 +153,8 @@ def test_the_discriminator_sees_both_sides_through_the_same_noise(home, monkeypa
     step_distill.main([*SMALL, "--steps", "1", "--losses", "adv", "--batch", "32", "--out", "runs/noised"])
     (real, level), (fake, same_level), (again, third_level) = calls[:3]
     assert torch.equal(level, same_level) and torch.equal(level, third_level) and torch.equal(fake, again)
-    data = open_data(step_distill.parse_arguments(SMALL), FrozenEncoders("assets/toy-sd3"))[0]
+    flags = step_distill.parse_arguments(SMALL)
+    data, _ = open_data(flags.data, FrozenEncoders("assets/toy-sd3"), pictures=flags.pictures)
     x0 = data.batch(0, 0, 32)[0]
     assert torch.allclose(real - fake, flow.expand(1 - level, real) * (x0 - seen[0].detach()), atol=1e-5)
     noise = (real - flow.expand(1 - level, real) * x0) / flow.expand(level, real)
