@@ -59,6 +59,8 @@ def encode(rows, load, encoders, folder, settings, source, text=None, per_part=P
         "side" is theirs. source: what the pictures are called in a message. text: where the text goes, or is
         from another resolution; None: into `folder`.
     """
+    if not len(rows):
+        raise SystemExit(sources.nothing_left(source, "nothing"))
     text = text or folder
     gemma = encoders.gemma and encoders.gemma.fingerprint()
     made_by = {"encoders": encoders.fingerprint(*encoders.parts), "gemma": gemma, "per_part": per_part}
@@ -129,8 +131,6 @@ def encode_folder(folder, resolution, encoders, cache=CACHE):
 
 def encode_cached(rows, load, encoders, settings, source, cache, batch=None):
     """encode() into a folder whose name is a hash of the pictures and of the encoders' weights."""
-    if not len(rows):
-        raise SystemExit(sources.nothing_left(source, "nothing"))
     gemma = encoders.gemma and encoders.gemma.fingerprint()
     key = json.dumps([settings["name"], encoders.fingerprint(*encoders.parts), gemma])
     folder = Path(cache) / f"encoded-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
@@ -196,13 +196,13 @@ def draw_sheet(argv):
     p.add_argument("--split", choices=SPLITS, default="train", help="of the shapes world")
     p.add_argument("--seed", type=integer(0), default=0, help="of the shapes world")
     p.add_argument("--n", type=integer(1), default=24, help="pictures")
-    p.add_argument("--things", action="store_true", help="the world of drawn things (common/world.py) in place of the shapes")
+    p.add_argument("--things", action="store_true", help="drawn things (common/world.py), no shapes")
     p.add_argument("--thing", metavar="NAME", help="one drawn thing, such as cat, in its poses and colors")
     p.add_argument("--out", metavar="FILE", default="data.png", help="where to write the sheet")
     args = p.parse_args(argv)
     if args.thing:
         save_atomically(stack(poses_of(args.thing)).save, args.out)
-        print(f"wrote {args.out}: {args.thing}, a row for each color that it has in life, then for each of GenEval's ten")
+        print(f"wrote {args.out}: {args.thing}, a row for each color of its own, then of GenEval's ten")
         return
     world = (ThingsWorld if args.things else ShapesWorld)(args.split, args.seed, args.n)
     pictures = sources.CaptionedFolder(args.data, 128, cache=CACHE) if args.data else world

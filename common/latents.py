@@ -168,12 +168,12 @@ def begin(settings):
     with parallel.first_alone():
         for path, new in settings.items():
             old = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else new
-            changed = {key: f"{key} was {old.get(key)}, is {new[key]}" for key in new if old.get(key) != new[key]}
+            changed = [key for key in new if old.get(key) != new[key]]
+            told = "; ".join(f"{key} was {old.get(key)}, is {new[key]}" for key in changed)
             if "name" in changed:
-                changed = {"name": "the files of the source were others"}
+                told = "the files of the source were others"
             if changed:
-                told = "; ".join(changed.values())
-                raise SystemExit(f"{path.parent} was begun otherwise: {told}. Give the same or another folder.")
+                raise SystemExit(f"{path.parent} was begun otherwise: {told}. Give another --out.")
         if parallel.rank() == 0:
             for path, new in settings.items():
                 save_json(new, path)

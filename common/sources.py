@@ -318,7 +318,8 @@ def list_imagenet(folder):
 def open_hub(source):
     """A data set of the hub ("owner/name", or a folder of its .parquet files): (datasets.Dataset, columns of
     the pictures and of the captions). Raises SystemExit with one sentence."""
-    files = sorted(glob.glob(f"{glob.escape(source)}/**/*.parquet", recursive=True))
+    where = glob.escape(os.path.abspath(source))
+    files = sorted(glob.glob(f"{where}/**/*.parquet", recursive=True))
     how = {"path": "parquet", "data_files": files} if files else {"path": source}
     try:
         data = datasets.load_dataset(**how, split="train")
@@ -367,7 +368,7 @@ def kind_of(source):
 
 
 class Source(NamedTuple):
-    """Pictures with captions. kind: see kind_of; rows: a table of Row; name: stands for the content; hub: see
+    """Pictures with captions. rows: a table of Row; name: stands for the content; kind: see kind_of; hub: see
     open_hub."""
 
     kind: str
@@ -376,8 +377,7 @@ class Source(NamedTuple):
     hub: tuple | None = None
 
     def load(self, row, number, crop):
-        """(name, [caption, ...], picture cut by `crop` or the reason why it is left out) of a row, {column:
-        value}."""
+        """(name, [caption, ...], picture cut by `crop` or why it is left out) of a row, {column: value}."""
         return row["name"], row["captions"], row["reason"] or self.open(row, number, crop)
 
     def open(self, row, number, crop):
@@ -406,8 +406,7 @@ class Crop(NamedTuple):
     seed: int = 0
 
     def cut(self, picture, number):
-        """The square (PIL), or the reason why there is none. `number` of the row: random places follow from
-        it."""
+        """The square (PIL), or why there is none. Random places follow from the row's `number`."""
         short, long = sorted(picture.size)
         if short < self.min_side:
             return SMALL
@@ -450,9 +449,8 @@ class CaptionedFolder:
     in one warning: each picture is decoded once to see whether it can be read.
 
     Args:
-        folder: pictures and captions, see list_folder. size: pictures are scaled and cropped to (size, size);
-        None: they
-            stay as they are. captioned: False takes every picture, captions or not.
+        folder: pictures and captions, see list_folder. captioned: False takes every picture, captions or not.
+        size: pictures are scaled and cropped to (size, size); None: they stay as they are.
         cache: where to remember what can be read; None: nowhere.
 
     Raises SystemExit when there is no such folder, or nothing in it that can be used.

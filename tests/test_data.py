@@ -207,7 +207,8 @@ def test_a_world_is_encoded_once_and_damage_is_noticed(tmp_path):
 
 
 def test_more_captions_than_a_header_holds(tmp_path):
-    """A safetensors header of over 100 MB cannot be read again: 100,000 captions of 150 Chinese characters."""
+    """A safetensors header of over 100 MB cannot be read again: 100,000 captions of 150 Chinese
+    characters."""
     captions = [f"{i:06d}" + "\u4e2d" * 150 for i in range(100_000)]
     tables.save_table({"caption": captions}, CAPTIONS, tmp_path / "captions.arrow")
     assert latents.take(tables.open_tables([tmp_path / "captions.arrow"]), [99_999])["caption"] == captions[-1:]
@@ -241,7 +242,8 @@ def test_a_folder_is_the_same_however_it_is_written(tmp_path, monkeypatch):
 
 
 def test_encoding_that_was_killed_goes_on(tmp_path, monkeypatch):
-    """A process is killed after some parts; the same call makes the rest alone, and all ends as without a kill."""
+    """A process is killed after some parts; the same call makes the rest alone, and all ends as without a
+    kill."""
     code = (
         "import os; from tests.test_data import CountingEncoders, ShapesWorld; import data\n"
         "class Slow(CountingEncoders):\n"
@@ -261,7 +263,8 @@ def test_encoding_that_was_killed_goes_on(tmp_path, monkeypatch):
     whole = encode_dataset(world, encoders, tmp_path / "whole", batch=4)
     assert all(torch.equal(a, b) for a, b in zip(latents.batch(0, 1, 40), whole.batch(0, 1, 40), strict=True))
 def test_every_byte_of_an_encoder_counts(tmp_path, monkeypatch):
-    """Two teachers that differ behind the first megabyte are two; what was hashed once is remembered until it changes."""
+    """Two teachers that differ behind the first megabyte are two; what was hashed once is remembered until it
+    changes."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "vae" / "model.safetensors"
     path.parent.mkdir()

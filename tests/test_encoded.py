@@ -1,4 +1,5 @@
-"""Large data sets: ImageNet and WebDataset through `data.py encode`, what its tables hold, and training that reads them."""
+"""Large data sets: ImageNet and WebDataset through `data.py encode`, what its tables hold, and training that
+reads them."""
 
 import io
 import json
@@ -120,7 +121,8 @@ def test_a_timed_step_reads_from_the_disk(encoded, capsys):
 
 
 def test_the_disk_says_what_memory_says(home, tars):
-    """The same pictures through a folder and through WebDataset: equal batches, text states and teacher's text."""
+    """The same pictures through a folder and through WebDataset: equal batches, text states and teacher's
+    text."""
     encoders, world = FrozenEncoders(), ShapesWorld("train", 0, 1000)
     data.main(["encode", str(tars / "{000..001}.tar"), "--out", "runs/tars", *ARGUMENTS])
     index = json.loads(Path("runs/tars/index.json").read_text())
@@ -174,7 +176,8 @@ def test_encoding_goes_on_where_it_was_and_over_several_processes(home, encoded,
 
 
 def test_a_run_reads_on_where_it_was_killed_and_on_two_ranks(home, encoded):
-    """Weights of a run that is stopped and resumed are those of one that never stopped; two ranks see the same pictures."""
+    """Weights of a run that is stopped and resumed are those of one that never stopped; two ranks see the
+    same pictures."""
     common = ["--data", "runs/imagenet", "--batch", "4", "--save-every", "2", "--steps", "4", "--device", "cpu"]
     train_fm.main([*common, "--out", "runs/whole"])
     with pytest.MonkeyPatch.context() as patch:
@@ -199,7 +202,8 @@ def test_a_run_reads_on_where_it_was_killed_and_on_two_ranks(home, encoded):
 
 
 def test_many_rows_open_at_once_and_take_no_memory(tmp_path):
-    """20,000 latents of 8 kB: what is read of 160 MB are the rows that are asked for. docs/real_sizes.md has a million."""
+    """20,000 latents of 8 kB: what is read of 160 MB are the rows that are asked for. docs/real_sizes.md has
+    a million."""
     features = Features({"latent": Value("large_binary"), "reason": Value("string")})
     rows, blob = Dataset.from_dict({"i": range(20_000)}), os.urandom(1 << 20)
 
@@ -255,7 +259,8 @@ def test_gemma_is_a_third_encoder_behind_the_clips(gemma):
 
 @pytest.fixture(scope="module")
 def twice(home, gemma, tmp_path_factory):
-    """A folder of six pictures, two of them small, as latents of 64 and of 96 pixels that share their text: (source, 64, 96)."""
+    """A folder of six pictures, two of them small, as latents of 64 and of 96 pixels that share their text:
+    (source, 64, 96)."""
     source, world = tmp_path_factory.mktemp("six"), ShapesWorld("train", 0, 1000)
     for i in range(6):
         (source / f"{i}.png").write_bytes(picture(i, (50, 50) if i < 2 else (100, 120)))
@@ -323,7 +328,8 @@ def test_text_is_encoded_and_stored_once_for_all_resolutions(twice, gemma, home)
 
 
 def test_all_stages_train_on_the_disk_with_gemma(home, tars, gemma, monkeypatch):
-    """Encoded, trained, distilled, step-distilled and drawn with all three encoders; a T5 that speaks is asked as it goes."""
+    """Encoded, trained, distilled, step-distilled and drawn with all three encoders; a T5 that speaks is
+    asked as it goes."""
     folder = home / "sd35"
     folder.mkdir()
     for part in (ROOT / "assets" / "toy-sd3").iterdir():
@@ -420,7 +426,8 @@ def test_bad_input_ends_in_one_sentence(home, encoded, imagenet, tars, tmp_path,
 
 
 def test_a_narrow_unet_reads_the_first_clip_alone():
-    """--size imagenet takes 768 channels: of SD3.5's 2048 those of CLIP-L (Sec. 4); the wide preset takes both and zeros."""
+    """--size imagenet takes 768 channels: of SD3.5's 2048 those of CLIP-L (Sec. 4); the wide preset takes
+    both and zeros."""
     states = torch.randn(2, 77, 2048)
     assert torch.equal(pad_text(states, 768, 768), states[..., :768])
     wide = pad_text(states, 2304, 768)

@@ -1,4 +1,5 @@
-"""Other people's files: folders, .tar shards, ImageNet's names, captions of every sort. What is left out is counted and named."""
+"""Other people's files: folders, .tar shards, ImageNet's names, captions of every sort. What is left out is
+counted and named."""
 
 import gzip
 import io
@@ -331,3 +332,13 @@ def test_files_of_other_sorts_are_no_reason_to_warn(tmp_path, recwarn):
 def test_what_is_left_out_is_counted_with_an_example():
     left_out = LeftOut(pa.array(["a", "b", "c", "d"]), pa.array(["bad", None, "bad", "worse"]))
     assert left_out == {"bad": 2, "worse": 1} and str(left_out) == "2 bad (such as a), 1 worse (such as d)"
+
+
+def test_a_tar_without_a_picture_is_no_reason_to_stop(tmp_path):
+    write_tar(tmp_path / "a.tar", []), write_tar(tmp_path / "b.tar", [("0.png", png()), ("0.txt", b"a cat")])
+    source = open_source(str(tmp_path), tmp_path / "out")
+    assert source.rows["name"][:] == ["0.png"] and len(list((tmp_path / "out").glob("source-*"))) == 2
+    (row,) = source.rows
+    assert source.load(row, 0, sources.Crop(16))[2].getpixel((5, 5)) == (255, 0, 0)
+    assert source.load(row, 0, sources.Crop(16, min_side=40))[2] == "too small"
+    assert source.load(row, 0, sources.Crop(16, max_aspect=1.2))[2] == "too long or wide"
