@@ -120,7 +120,7 @@ def command_of(name):
         return f"python -m course.figures {rest.removesuffix('.svg')}"
     if kind == "failure":
         return f"python -m studies.failures {rest.removesuffix('.png')}"
-    return figures.MEASURED[name][0]
+    return figures.MEASURED[name]
 
 
 @pytest.mark.parametrize(("page", "name"), SHOWN, ids=lambda value: getattr(value, "stem", value))
@@ -136,12 +136,3 @@ def test_no_figure_lies_about_that_no_page_shows():
     there = {path.name for path in (ROOT / "assets" / "readme").iterdir()}
     assert there == {name for _, name in SHOWN}
     assert {name for name in there if name.startswith("drawing_")} == {f"drawing_{name}.svg" for name in DRAWINGS}
-
-
-def test_measured_figures_are_copied_from_where_their_commands_leave_them(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "build").mkdir()
-    (tmp_path / "build" / "pictures.png").write_bytes(b"a picture")
-    figures.main(["--measured", "--out", "pages"])
-    assert (tmp_path / "pages" / "phone.png").read_bytes() == b"a picture" and len(list((tmp_path / "pages").iterdir())) == 1
-    assert "loss.png: there is no runs/zoo_fm/loss.png; python train_fm.py --pictures 60000 " in capsys.readouterr().out
