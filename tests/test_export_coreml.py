@@ -142,6 +142,7 @@ def test_every_part_is_verified_and_described(build):
     for part in report["parts"].values():
         for numbers in part["sizes"].values():
             assert numbers["float32_error"] < 1e-4 and 50 < numbers["decibels"] < 120
+    assert not list(build.rglob("executorch_debug_handle_mapping.json")), "for debuggers: no phone needs it"
     spec = mil.ct.models.MLModel(str(build / "unet.mlpackage"), skip_model_load=True).get_spec()
     kinds = {
         f.name: (list(f.type.multiArrayType.shape), f.type.multiArrayType.dataType) for f in spec.description.input
