@@ -1,18 +1,18 @@
 """Failures made on purpose: healthy beside broken, from the same noise, and the number that tells.
 
-    python -m studies.failures --list                          # what there is, its changed line, is its figure up to date?
-    python -m studies.failures                                 # make every figure that is missing or of other weights
-    python -m studies.failures fm_mask decoder_latents         # these
-    python -m studies.failures --only-drawing                  # those that train nothing: minutes
+    python -m studies.failures --list                      # what there is; is its figure up to date?
+    python -m studies.failures                             # make all that are missing or of other weights
+    python -m studies.failures fm_mask decoder_latents     # these
+    python -m studies.failures --only-drawing              # those that train nothing: minutes
     python -m studies.failures distill_weights --steps 100     # a shorter training; the figure says so
 
-Each failure is a stage's own code or command with one thing broken. Where a flag can break it, that is the flag; else one named
-function is replaced while the figure is made (unittest.mock.patch). Failure.line is the flag, or the line that would be wrong: the
-figures and the pages show it. The stages themselves have no switches for this.
+Each failure is a stage's own code or command with one thing broken. Where a flag can break it, that is the
+flag; else one named function is replaced while the figure is made (unittest.mock.patch). Failure.line is the
+flag, or the line that would be wrong: the figures and the pages show it. The stages have no switches for it.
 
-Writes assets/readme/failure_NAME.png. The weights that it was made of and the steps stand inside the file, so a new model in the
-zoo makes the figures anew that show it. Trainings and scores are kept under runs/studies/failures/WEIGHTS, and go on where they
-were stopped.
+Writes assets/readme/failure_NAME.png. The weights that it was made of and the steps stand inside the
+file: new weights in the zoo make those figures anew. Trainings and scores are kept under
+runs/studies/failures/WEIGHTS, and go on where they were stopped.
 """
 
 import argparse
@@ -63,11 +63,14 @@ PROMPTS = [f"a photo of {what}" for what in (
     "a red circle", "two blue squares", "a star left of a triangle", "a green square", "three red triangles",
     "a purple star and a yellow circle")]  # fmt: skip
 PER_FAMILY = 10  # prompts of each family for a score: enough to see a failure, not to report
-HEALTHY, BROKEN = "#1f78b4", "#d7301f"
+HEALTHY, BROKEN, OVER_T = "#1f78b4", "#d7301f", "t (0: data, 1: noise)"
 
 
 class Failure(NamedTuple):
-    """One way to fail. `make(args)` returns (healthy pictures, broken pictures, captions, panel); panel(axis) draws what tells."""
+    """One way to fail. make(args) returns (healthy pictures, broken pictures, captions, panel).
+
+    panel(axis) draws what tells.
+    """
 
     title: str  # what is wrong, for the figure
     line: str  # the changed line or flag
@@ -76,7 +79,7 @@ class Failure(NamedTuple):
     steps: int = 0  # of its training; 0: it trains nothing
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # What is drawn and measured, and kept
 
 
@@ -92,7 +95,8 @@ def student(stage, device):
 
 def draw(args, stage, prompts=PROMPTS, **how):
     """Pictures of the zoo's student, from the noise of seeds 0, 1, ..."""
-    return draw_pictures(*student(stage, args.device), encoders(args.device), prompts, range(len(prompts)), **how)
+    network, config = student(stage, args.device)
+    return draw_pictures(network, config, encoders(args.device), prompts, range(len(prompts)), **how)
 
 
 def kept(args, name, measure):
@@ -118,8 +122,8 @@ def bars(title, names, healthy, broken):
     """A panel of pairs of bars."""
 
     def panel(axis):
-        for k, (values, label, color) in enumerate(((healthy, "healthy", HEALTHY), (broken, "broken", BROKEN))):
-            axis.bar([i + 0.4 * k for i in range(len(names))], values, 0.38, label=label, color=color)
+        axis.bar(range(len(names)), healthy, 0.38, label="healthy", color=HEALTHY)
+        axis.bar([i + 0.4 for i in range(len(names))], broken, 0.38, label="broken", color=BROKEN)
         axis.set_xticks([i + 0.2 for i in range(len(names))], names, rotation=35, ha="right")
         axis.set_title(title, fontsize=12)
         axis.margins(y=0.2)  # room for the legend above full bars
@@ -128,13 +132,17 @@ def bars(title, names, healthy, broken):
     return panel
 
 
-def lines(title, xlabel, healthy, broken, scale="linear", limit=None, labels=("healthy", "broken")):
-    """A panel of two curves [(x, y), ...] over one axis; `limit` (value, its name) is a dashed line."""
+def lines(title, xlabel, healthy, broken, scale="linear", limit=None):
+    """A panel of curves, {label: [(x, y), ...]} for each side; the second of a side is dashed.
+
+    `limit` (value, its name) is a dashed line.
+    """
 
     def panel(axis):
-        for points, label, color in ((healthy, labels[0], HEALTHY), (broken, labels[1], BROKEN)):
-            points = [(x, y) for x, y in points if math.isfinite(y)]
-            axis.plot([x for x, _ in points], [y for _, y in points], "o-", ms=4, label=label, color=color)
+        for some, color in ((healthy, HEALTHY), (broken, BROKEN)):
+            for (label, points), style in zip(some.items(), ("o-", "s--"), strict=False):
+                x, y = zip(*[(x, y) for x, y in points if math.isfinite(y)], strict=True)
+                axis.plot(x, y, style, ms=4, label=label, color=color)
         if limit:
             axis.axhline(limit[0], ls="--", color="#555555", lw=1, label=limit[1])
         axis.set_yscale(scale)
@@ -154,7 +162,7 @@ def family_bars(args, name, stage, healthy=None, broken=None, patch=contextlib.n
     return bars(title, [*FAMILIES, "overall"], good, bad)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Stage 1
 
 
@@ -181,11 +189,15 @@ def fm_mask(args):
 
 
 def fm_shift(args):
-    healthy, counts = draw(args, "fm", steps=4), (4, 8, 28)
-    good = [(n, scores(args, f"fm-{n}", "fm", steps=n)[-1]) for n in counts]
+    def drawn_and_scored(name):
+        points = [(n, scores(args, f"{name}-{n}", "fm", steps=n)[-1]) for n in (4, 8, 28)]
+        return draw(args, "fm", steps=4), points
+
+    healthy, good = drawn_and_scored("fm")
     with wrong_way():
-        broken, bad = draw(args, "fm", steps=4), [(n, scores(args, f"fm-shift-{n}", "fm", steps=n)[-1]) for n in counts]
-    return healthy, broken, PROMPTS, lines(f"mini-GenEval of {6 * PER_FAMILY} prompts", "steps", good, bad)
+        broken, bad = drawn_and_scored("fm-shift")
+    title = f"mini-GenEval of {6 * PER_FAMILY} prompts"
+    return healthy, broken, PROMPTS, lines(title, "steps", {"healthy": good}, {"broken": bad})
 
 
 def fm_guidance(args):
@@ -193,21 +205,24 @@ def fm_guidance(args):
             family_bars(args, "fm-guidance", "fm", broken={"guidance": 10.0}))  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Trainings: the stage's own command, and the same with a flag
 
 
-def train(args, stage, flags, name, steps):
-    """Train by the stage's own command, or go on with that. Returns (its folder or None, its Log, its end: "" or ", then NaN").
+STAGES = {"fm": train_fm, "distill": distill, "decoder": decoder, "step_distill": step_distill}
 
-    A training that broke is what is wanted here: of a NaN the stage says so and stops, and the last save is drawn.
+
+def train(args, stage, flags, name, steps):
+    """Train by the stage's own command, or go on with that: (folder or None, Log, "" or ", then NaN").
+
+    A training that broke is what is wanted here: the stage says so and stops, and the last save is drawn.
     """
-    main, out = {"fm": train_fm, "distill": distill, "decoder": decoder, "step_distill": step_distill}[stage].main, args.work / name
-    flags = f"{flags} --steps {steps} --save-every {max(1, steps // 5)} --out {out.as_posix()} --resume --device {args.device}"
-    print(f"$ python {stage if stage != 'fm' else 'train_fm'}.py {flags}", flush=True)
-    ended = ""
+    module, out, ended = STAGES[stage], args.work / name, ""
+    flags += f" --steps {steps} --save-every {max(1, steps // 5)} --out {out.as_posix()} --resume"
+    flags += f" --device {args.device}"
+    print(f"$ python {module.__name__}.py {flags}", flush=True)
     try:
-        main(shlex.split(flags))
+        module.main(shlex.split(flags))
     except SystemExit as stopped:
         if "became NaN or infinite" not in str(stopped):
             raise
@@ -217,7 +232,7 @@ def train(args, stage, flags, name, steps):
 
 
 def beside(args, failure, stage, flags, broken_flags, title, columns, scale="linear"):
-    """(healthy pictures, broken ones, captions, panel) of a student's training with and without `broken_flags`.
+    """(healthy pictures, broken ones, captions, panel) of a training with and without `broken_flags`.
 
     `columns` of log.csv, one or two, make the panel: the second is dashed.
     """
@@ -226,28 +241,26 @@ def beside(args, failure, stage, flags, broken_flags, title, columns, scale="lin
             train(args, stage, f"{flags} {broken_flags}", f"{failure}-{steps}", steps)]  # fmt: skip
     pictures = [look(args, stage, run) for run, _, _ in runs]
 
-    def panel(axis):
-        for (_, log, ended), name, color in zip(runs, ("healthy", "broken"), (HEALTHY, BROKEN), strict=True):
-            for column, style in zip(columns, ("o-", "s--"), strict=False):
-                label = name if len(columns) == 1 else f"{name}: {column}"
-                points = [(x, y) for x, y in zip(log.column("step"), log.column(column), strict=True) if math.isfinite(y)]
-                axis.plot([x for x, _ in points], [y for _, y in points], style, ms=4, color=color, label=label + ended)
-        axis.set_yscale(scale)
-        axis.set_title(f"log.csv: {title}", fontsize=12)
-        axis.set_xlabel(f"step of {steps}")
-        axis.legend(fontsize=10)
+    def logged(run, name):
+        _, log, ended = run
+        labels = [name + ended] if len(columns) == 1 else [f"{name}: {column}{ended}" for column in columns]
+        points = [list(zip(log.column("step"), log.column(column), strict=True)) for column in columns]
+        return dict(zip(labels, points, strict=True))
 
+    curves = (logged(run, name) for run, name in zip(runs, ("healthy", "broken"), strict=True))
+    panel = lines(f"log.csv: {title}", f"step of {steps}", *curves, scale)
     captions = PROMPTS if stage != "decoder" else [""] * len(PROMPTS)
     return *pictures, captions, panel
 
 
 def look(args, stage, folder):
-    """What a run draws: a student the prompts, a decoder six validation pictures; grey where nothing was saved."""
+    """What a run draws: a student the prompts, a decoder six pictures; grey where nothing was saved."""
     if folder is None:
         return [Image.new("RGB", (64, 64), "#bbbbbb")] * len(PROMPTS)
     if stage == "decoder":
         return restored(args, load_decoder(folder, args.device)[0])[0][: len(PROMPTS)]
-    return draw_pictures(*load_student(folder, args.device), encoders(args.device), PROMPTS, range(len(PROMPTS)))
+    network, config = load_student(folder, args.device)
+    return draw_pictures(network, config, encoders(args.device), PROMPTS, range(len(PROMPTS)))
 
 
 FM, FM_LR = "--pictures 4000", "--lr 0.1"
@@ -257,7 +270,7 @@ DECODER, GAN = f"--init {ZOO.as_posix()}/decoder --gan-start 0", "--gan-weight 2
 STEPS = f"--init {ZOO.as_posix()}/distill --pictures 4000 --batch 32 --watch 0 --ramp 0"
 WINS, ALONE = "--heads-lr 3e-3 --penalty 0", "--losses adv"
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Stage 2: what the teacher says, before anything is trained
 
 
@@ -272,13 +285,13 @@ def time_from_0_to_1():
 
 
 def others_captions():
-    """Teacher.text that forgets that caption 0 is the empty one: each caption is the one before it in the list."""
+    """Teacher.text that forgets that caption 0 is the empty one: each caption is the one before it."""
     right = Teacher.text
     return mock.patch.object(Teacher, "text", lambda self, ids: right(self, ids - 1))
 
 
 def agreement(args, name):
-    """(L_kd, cosine) between the zoo's student of stage 1 and the teacher, [value for each fifth of t]: what distill.py logs."""
+    """(L_kd, cosine) of the zoo's student of stage 1 and the teacher, [value for each fifth of t]."""
 
     @torch.no_grad()
     def measure():
@@ -291,7 +304,8 @@ def agreement(args, name):
             v_teacher, _ = teacher(batch.x_t, batch.t, batch.ids)
             cosine = torch.cosine_similarity(v.flatten(1), v_teacher.flatten(1))
             kd = (v - v_teacher).square().mean((1, 2, 3))
-            sums.index_add_(0, (batch.t * BINS).long().clamp(max=BINS - 1), torch.stack([kd, cosine, torch.ones_like(kd)], 1))
+            fifth = (batch.t * BINS).long().clamp(max=BINS - 1)
+            sums.index_add_(0, fifth, torch.stack([kd, cosine, torch.ones_like(kd)], 1))
         return (sums[:, :2] / sums[:, 2:]).T.tolist()
 
     return kept(args, f"agreement-{name}", measure)
@@ -309,25 +323,29 @@ def from_the_teacher(args, name, patch, which, title):
     with patch():
         broken, bad = drawn(), agreement(args, name)[which]
     middles = [(i + 0.5) / BINS for i in range(BINS)]
-    pairs = (list(zip(middles, values, strict=True)) for values in (good, bad))
-    return healthy, broken, PROMPTS, lines(title, "t (0: data, 1: noise)", *pairs, scale="linear" if which else "log")
+    good, bad = (list(zip(middles, values, strict=True)) for values in (good, bad))
+    panel = lines(title, OVER_T, {"healthy": good}, {"broken": bad}, "linear" if which else "log")
+    return healthy, broken, PROMPTS, panel
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Stage 3: the few-step target
 
 
 def target_not_divided():
-    """step_distill.target_velocity that returns the way from x_t to x0_T, and forgets that it takes the time t."""
+    """step_distill.target_velocity that returns the way from x_t to x0_T, and forgets its time t."""
     right = step_distill.target_velocity
-    return mock.patch.object(step_distill, "target_velocity",
-                             lambda teacher, turbo, x_t, t, *others: flow.expand(t, x_t) * right(teacher, turbo, x_t, t, *others))
+
+    def target_velocity(teacher, turbo, x_t, t, *others):
+        return flow.expand(t, x_t) * right(teacher, turbo, x_t, t, *others)
+
+    return mock.patch.object(step_distill, "target_velocity", target_velocity)
 
 
 @torch.no_grad()
 def step_distill_target(args, count=32):
-    """What a student would draw that has learned the target perfectly; and the zoo's student's L_kd at each start time."""
-    device, flags = args.device, step_distill.parse_arguments(["--pictures", "256", "--device", str(args.device)])
+    """What a student would draw that has learned the target perfectly; L_kd of the zoo's at each start."""
+    device, flags = args.device, step_distill.parse_arguments(["--pictures", "256"])
     (network, config), frozen = student("step_distill", device), encoders(device)
     shift, text = config["sampling"]["shift"], encode_prompts(PROMPTS, frozen)
     times = flow.sampling_timesteps(flags.for_steps, shift)
@@ -350,9 +368,9 @@ def step_distill_target(args, count=32):
                 t = t.expand(count)
                 eps = torch.randn(x_0.shape, generator=rng(0))
                 x_t = flow.interpolate(x_0, eps, t)
-                v = predict(network, Batch(x_t.to(device), t.to(device), None, which, states.to(device), mask.to(device)))
-                v_teacher = step_distill.target_velocity(of_data, None, x_t.to(device), t.to(device), which, flags, shift)
-                found.append((v - v_teacher).square().mean().item())
+                batch = Batch(x_t.to(device), t.to(device), None, which, states.to(device), mask.to(device))
+                target = step_distill.target_velocity(of_data, None, batch.x_t, batch.t, which, flags, shift)
+                found.append((predict(network, batch) - target).square().mean().item())
             return found
 
         return list(zip(times[:-1].tolist(), kept(args, f"target-{name}", measure), strict=True))
@@ -360,10 +378,11 @@ def step_distill_target(args, count=32):
     healthy, good = drawn(), losses("healthy")
     with target_not_divided():
         broken, bad = drawn(), losses("broken")
-    return healthy, broken, PROMPTS, lines("loss_kd of a trained student", "start time t", good, bad, "log")
+    panel = lines("loss_kd of a trained student", "start time t", {"healthy": good}, {"broken": bad}, "log")
+    return healthy, broken, PROMPTS, panel
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The decoder
 
 
@@ -386,7 +405,8 @@ def decoder_fed_wrongly(args, **wrong):
 
     def panel(axis):
         for values, label, color in ((good, "healthy", HEALTHY), (bad, "broken", BROKEN)):
-            axis.hist(values.tolist(), bins=16, color=color, alpha=0.8, label=f"{label}: {values.mean():.1f} dB")
+            label = f"{label}: {values.mean():.1f} dB"
+            axis.hist(values.tolist(), bins=16, color=color, alpha=0.8, label=label)
         axis.set_title(f"PSNR of {len(good)} pictures, dB", fontsize=12)
         axis.legend(fontsize=10)
 
@@ -395,11 +415,11 @@ def decoder_fed_wrongly(args, **wrong):
 
 
 def decoder_latents(args):
-    autoencoder = encoders(args.device)
-    return decoder_fed_wrongly(args, latents=lambda z: z / autoencoder.scaling_factor + autoencoder.shift_factor)
+    scale, shift = encoders(args.device).scaling_factor, encoders(args.device).shift_factor
+    return decoder_fed_wrongly(args, latents=lambda z: z / scale + shift)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The phone: float16 programs, interpreted
 
 
@@ -443,28 +463,34 @@ def exactness(part, program, times):
     return found
 
 
-def phone_time(args):
-    part, config, *text = unet_to_go()
-    right = converted(part)
-    with mock.patch.object(export_coreml, "feeds_sine", lambda op: False):
-        wrong = converted(part)
+def two_programs(unet, right, wrong, limit, labels=("healthy", "broken")):
+    """(pictures of both programs, captions, a panel of how exact they are over t); unet: of unet_to_go()."""
+    part, config, *text = unet
     times = [0.05 + 0.1 * i for i in range(10)]
-    panel = lines("decibels of the velocity", "t (0: data, 1: noise)", exactness(part, right, times), exactness(part, wrong, times),
-                  limit=(export_coreml.FLOAT16_BAR, "the bar"))  # fmt: skip
+    good, bad = {labels[0]: exactness(part, right, times)}, {labels[1]: exactness(part, wrong, times)}
+    panel = lines("decibels of the velocity", OVER_T, good, bad, limit=(export_coreml.FLOAT16_BAR, limit))
     return phone_draws(right, config, *text), phone_draws(wrong, config, *text), PROMPTS, panel
+
+
+def phone_time(args):
+    unet = unet_to_go()
+    right = converted(unet[0])
+    with mock.patch.object(export_coreml, "feeds_sine", lambda op: False):
+        wrong = converted(unet[0])
+    return two_programs(unet, right, wrong, "the bar")
 
 
 def phone_bits(args, few=4):
-    part, config, *text = unet_to_go()
-    right, wrong = converted(part), converted(part, few)
-    times = [0.05 + 0.1 * i for i in range(10)]
-    panel = lines("decibels of the velocity", "t (0: data, 1: noise)", exactness(part, right, times), exactness(part, wrong, times),
-                  limit=(export_coreml.FLOAT16_BAR, "the bar of 16 bits"), labels=("16 bits", f"{few} bits"))  # fmt: skip
-    return phone_draws(right, config, *text), phone_draws(wrong, config, *text), PROMPTS, panel
+    unet = unet_to_go()
+    programs = converted(unet[0]), converted(unet[0], few)
+    return two_programs(unet, *programs, "the bar of 16 bits", ("16 bits", f"{few} bits"))
 
 
 def large_inside(network, times=300.0):
-    """The same decoder with numbers `times` as large before each GroupNorm, which divides them away. Large networks have such."""
+    """The same decoder with numbers `times` as large before each GroupNorm, as large networks have them.
+
+    GroupNorm divides them away.
+    """
     for block in network.modules():
         if isinstance(block, decoder.Block):
             block.body[2].weight.data *= times
@@ -472,7 +498,7 @@ def large_inside(network, times=300.0):
 
 
 def phone_groupnorm(args):
-    """GroupNorm as PyTorch has it, in float16, beside coreml/layers.py's form: the same decoder, with large numbers inside."""
+    """GroupNorm as PyTorch has it, in float16, beside coreml/layers.py's form, with large numbers inside."""
     latents, device = [], torch.device("cpu")
     draw_pictures(*student("fm", device), encoders(device), PROMPTS, range(len(PROMPTS)),
                   callback=lambda t, x, x0: latents.append(x0))  # fmt: skip
@@ -485,51 +511,69 @@ def phone_groupnorm(args):
         return torch.cat([mil.run(program, {"latent": z})["picture"] for z in latents[-1].split(1)])
 
     def largest(program):  # of each operation, in float32: what float16 would have to hold
-        values = [value.abs().max().item() for op, _, value in mil.step_by_step(program, {"latent": latents[-1][:1]}, "exact")
-                  if value.is_floating_point()]  # fmt: skip
+        steps = mil.step_by_step(program, {"latent": latents[-1][:1]}, "exact")
+        values = [value.abs().max().item() for _, _, value in steps if value.is_floating_point()]
         return [(i / len(values), v) for i, v in enumerate(values) if v > 0]
 
-    panel = lines("largest value of each operation", "share of the program", largest(right), largest(wrong), "log",
-                  limit=(65504, "float16's largest"))  # fmt: skip
+    panel = lines("largest value of each operation", "share of the program", {"healthy": largest(right)},
+                  {"broken": largest(wrong)}, "log", limit=(65504, "float16's largest"))  # fmt: skip
     healthy, broken = (to_pictures(drawn(program).nan_to_num(0.0) / 127.5 - 1) for program in (right, wrong))
     return healthy, broken, PROMPTS, panel
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # All of them
 
 FAILURES = {
     "fm_mask": Failure("padding is attended to", "return states, torch.ones_like(mask)", fm_mask, ("fm",)),
-    "fm_shift": Failure("the shift in the wrong direction, 4 steps", "return t / (shift - (shift - 1) * t)", fm_shift, ("fm",)),
+    "fm_shift": Failure(
+        "the shift in the wrong direction, 4 steps", "return t / (shift - (shift - 1) * t)", fm_shift,
+        ("fm",)),
     "fm_guidance": Failure("too much guidance", "--guidance 10", fm_guidance, ("fm",)),
-    "fm_lr": Failure("a learning rate that is too high", f"train_fm.py {FM_LR}", lambda args: beside(
-        args, "fm_lr", "fm", FM, FM_LR, "loss", ["loss"], "log"), (), 300),
-    "decoder_latents": Failure("latents without their scaling factor", "decoder(latents / scaling_factor + shift_factor)",
-                               decoder_latents, ("decoder",)),
-    "decoder_range": Failure("pictures from 0 to 1 for an encoder that knows -1 to 1", "encode_pictures((x + 1) / 2)",
-                             lambda args: decoder_fed_wrongly(args, encode=lambda x: (x + 1) / 2), ("decoder",)),
-    "decoder_gan": Failure("too much of the adversarial loss", f"decoder.py {GAN}", lambda args: beside(
-        args, "decoder_gan", "decoder", DECODER, GAN, "val_psnr, dB", ["val_psnr"]), ("decoder",), 200),
-    "distill_time": Failure("the teacher is asked at t, not at 1000 t", "timestep=t.to(self.device, torch.float32)",
-                            lambda args: from_the_teacher(args, "time", time_from_0_to_1, 1, "cosine, student and teacher"),
-                            ("fm", "distill")),
-    "distill_captions": Failure("the teacher reads the captions of other pictures", "states, pooled = self.data.clip(ids - 1)",
-                                lambda args: from_the_teacher(args, "captions", others_captions, 0, "loss_out over t"),
-                                ("fm", "distill")),
-    "distill_weights": Failure("fixed weights, and features that drown the rest", f"distill.py {WEIGHTS}", lambda args: beside(
-        args, "distill_weights", "distill", DISTILL, WEIGHTS, "grad_norm", ["grad_norm"], "log"), ("fm",), 150),
-    "step_distill_target": Failure("a few-step target that is not divided by t", "return x_t - x0", step_distill_target,
-                                   ("step_distill",)),
-    "step_distill_discriminator": Failure("a discriminator that wins", f"step_distill.py {WINS}", lambda args: beside(
-        args, "step_distill_discriminator", "step_distill", STEPS, WINS, "d_real and d_fake", ["d_real", "d_fake"]),
-        ("distill",), 150),
-    "step_distill_adversarial": Failure("the adversarial loss alone", f"step_distill.py {ALONE}", lambda args: beside(
-        args, "step_distill_adversarial", "step_distill", STEPS, ALONE, "collapse alarm: mean_gap",
-        ["mean_gap"]), ("distill",), 150),
-    "phone_time": Failure("the time embedding in float16", "FP16ComputePrecision(lambda op: True)", phone_time, ("step_distill",)),
-    "phone_groupnorm": Failure("GroupNorm written out in float16, large numbers inside", "self.decoder = decoder", phone_groupnorm,
-                               ("fm", "decoder")),
-    "phone_bits": Failure("too few bits a weight", "export_coreml.py --nbits 4", phone_bits, ("step_distill",)),
+    "fm_lr": Failure(
+        "a learning rate that is too high", f"train_fm.py {FM_LR}",
+        lambda args: beside(args, "fm_lr", "fm", FM, FM_LR, "loss", ["loss"], "log"), (), 300),
+    "decoder_latents": Failure(
+        "latents without their scaling factor", "decoder(latents / scaling_factor + shift_factor)",
+        decoder_latents, ("decoder",)),
+    "decoder_range": Failure(
+        "pictures from 0 to 1 for an encoder that knows -1 to 1", "encode_pictures((x + 1) / 2)",
+        lambda args: decoder_fed_wrongly(args, encode=lambda x: (x + 1) / 2), ("decoder",)),
+    "decoder_gan": Failure(
+        "too much of the adversarial loss", f"decoder.py {GAN}",
+        lambda args: beside(args, "decoder_gan", "decoder", DECODER, GAN, "val_psnr, dB", ["val_psnr"]),
+        ("decoder",), 200),
+    "distill_time": Failure(
+        "the teacher is asked at t, not at 1000 t", "timestep=t.to(self.device, torch.float32)",
+        lambda args: from_the_teacher(args, "time", time_from_0_to_1, 1, "cosine, student and teacher"),
+        ("fm", "distill")),
+    "distill_captions": Failure(
+        "the teacher reads the captions of other pictures", "states, pooled = self.data.clip(ids - 1)",
+        lambda args: from_the_teacher(args, "captions", others_captions, 0, "loss_out over t"),
+        ("fm", "distill")),
+    "distill_weights": Failure(
+        "fixed weights, and features that drown the rest", f"distill.py {WEIGHTS}",
+        lambda args: beside(args, "distill_weights", "distill", DISTILL, WEIGHTS, "grad_norm", ["grad_norm"],
+                            "log"), ("fm",), 150),
+    "step_distill_target": Failure(
+        "a few-step target that is not divided by t", "return x_t - x0", step_distill_target,
+        ("step_distill",)),
+    "step_distill_discriminator": Failure(
+        "a discriminator that wins", f"step_distill.py {WINS}",
+        lambda args: beside(args, "step_distill_discriminator", "step_distill", STEPS, WINS,
+                            "d_real and d_fake", ["d_real", "d_fake"]), ("distill",), 150),
+    "step_distill_adversarial": Failure(
+        "the adversarial loss alone", f"step_distill.py {ALONE}",
+        lambda args: beside(args, "step_distill_adversarial", "step_distill", STEPS, ALONE,
+                            "collapse alarm: mean_gap", ["mean_gap"]), ("distill",), 150),
+    "phone_time": Failure(
+        "the time embedding in float16", "FP16ComputePrecision(lambda op: True)", phone_time,
+        ("step_distill",)),
+    "phone_groupnorm": Failure(
+        "GroupNorm written out in float16, large numbers inside", "self.decoder = decoder", phone_groupnorm,
+        ("fm", "decoder")),
+    "phone_bits": Failure(
+        "too few bits a weight", "export_coreml.py --nbits 4", phone_bits, ("step_distill",)),
 }  # fmt: skip
 
 
@@ -538,13 +582,15 @@ def figure(name, healthy, broken, captions, panel, about, out):
     plt, failure = pyplot(), FAILURES[name]
     sheet = plt.figure(figsize=(13.3, 5.2), facecolor="white")
     sheet.suptitle(failure.title, fontsize=17, weight="bold", y=0.975)
-    for left, pictures, word, color in ((0.02, healthy, "healthy", HEALTHY), (0.345, broken, "broken", BROKEN)):
+    sides = (0.02, healthy, "healthy", HEALTHY), (0.345, broken, "broken", BROKEN)
+    for left, pictures, word, color in sides:
         sheet.text(left + 0.155, 0.86, word, fontsize=14, color=color, ha="center")
         for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
             axis = sheet.add_axes((left + 0.105 * (i % 3), 0.49 - 0.38 * (i // 3), 0.1, 0.27))
             axis.imshow(picture.resize((256, 256), Image.Resampling.BICUBIC))
             axis.set(xticks=[], yticks=[])
-            axis.set_title("\n".join(textwrap.wrap(caption.removeprefix("a photo of "), 19)), fontsize=9, pad=4)
+            words = textwrap.wrap(caption.removeprefix("a photo of "), 19)
+            axis.set_title("\n".join(words), fontsize=9, pad=4)
     panel(sheet.add_axes((0.725, 0.2, 0.26, 0.6)))
     sheet.text(0.02, 0.03, failure.line, fontsize=12, family="monospace", color=BROKEN)
     save_atomically(lambda p: sheet.savefig(p, dpi=110, metadata=about), out)
@@ -562,11 +608,11 @@ def up_to_date(path, about):
 def parse_arguments(argv=None):
     p = Parser(__doc__, "python -m studies.failures fm_mask decoder_latents")
     p.add_argument("names", metavar="NAME", nargs="*", help=f"which: {', '.join(FAILURES)}; default: all")
-    p.add_argument("--steps", type=integer(1), help="training steps of those that train; default: 150 to 300, each its own")
+    p.add_argument("--steps", type=integer(1), help="training steps of those that train; default: 150 to 300")
     p.add_argument("--only-drawing", action="store_true", help="leave out those that train")
     p.add_argument("--list", "--dry", action="store_true", help="only print what there is")
     p.add_argument("--force", action="store_true", help="make figures again that are there")
-    p.add_argument("--out", metavar="DIR", type=Path, default=Path("assets/readme"), help="where the figures go")
+    p.add_argument("--out", metavar="DIR", type=Path, default=Path("assets/readme"), help="where to")
     add_device(p)
     args = p.parse_args(argv)
     if unknown := [name for name in args.names if name not in FAILURES]:
@@ -585,7 +631,8 @@ def main(argv=None):
         done = up_to_date(path, about)
         if args.list:
             kind = f"{about['Steps']} steps" if failure.steps else "draws"
-            print(f"{name:28}{kind:12}{'up to date' if done else 'to be made':12}{failure.title}: {failure.line}")
+            state = "up to date" if done else "to be made"
+            print(f"{name:28}{kind:12}{state:12}{failure.title}: {failure.line}")
         elif done and not args.force:
             print(f"{path.as_posix()}: up to date")
         elif not (failure.steps and args.only_drawing):
