@@ -152,7 +152,7 @@ def test_drawing_is_fast_enough():
 
 
 def test_the_detector_sees_what_is_there():
-    accepted = check_detector(n=150)
+    accepted = check_detector(n=60)
     assert accepted["true"] >= 0.98
     assert max(share for what, share in accepted.items() if what != "true") <= 0.02, accepted
 
